@@ -9,28 +9,23 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-EXPORTS = {
-    "load_config": "hpsearch.config.study.load_config",
-    "StudyConfig": "hpsearch.config.study.StudyConfig",
-    "DataConfig": "hpsearch.config.data.DataConfig",
-    "ProjectPaths": "hpsearch.paths.ProjectPaths",
-    "MachineChoice": "hpsearch.search.autotune.MachineChoice",
-    "run_study": "hpsearch.study.run_study",
-    "StudySummary": "hpsearch.study.StudySummary",
-    "study_status": "hpsearch.search.status.study_status",
-    "study_record": "hpsearch.store.record.study_record",
-    "run_final": "hpsearch.final.run.run_final",
-    "FinalResult": "hpsearch.report.final_record.FinalResult",
-    "write_report": "hpsearch.report.page.write_report",
-    "make_tracker": "hpsearch.tracking.mlflow_view.make_tracker",
-    "find_model": "hpsearch.inference.predictor.find_model",
-    "find_images": "hpsearch.inference.predictor.find_images",
-    "Predictor": "hpsearch.inference.predictor.Predictor",
-    "predict_files": "hpsearch.inference.predictor.predict_files",
-    "RoleDataset": "hpsearch.data.torch_datasets.RoleDataset",
-    "export_onnx": "hpsearch.inference.export.export_onnx",
-    "export_toml": "hpsearch.inference.export.export_toml",
+_MODULES = {
+    "hpsearch.config.study": ("load_config", "StudyConfig"),
+    "hpsearch.config.data": ("DataConfig",),
+    "hpsearch.paths": ("ProjectPaths",),
+    "hpsearch.search.autotune": ("MachineChoice",),
+    "hpsearch.study": ("run_study", "StudySummary"),
+    "hpsearch.search.status": ("study_status",),
+    "hpsearch.store.record": ("study_record",),
+    "hpsearch.final.run": ("run_final",),
+    "hpsearch.report.final_record": ("FinalResult",),
+    "hpsearch.report.page": ("write_report",),
+    "hpsearch.tracking.mlflow_view": ("make_tracker",),
+    "hpsearch.inference.predictor": ("find_model", "find_images", "Predictor", "predict_files"),
+    "hpsearch.data.torch_datasets": ("RoleDataset",),
+    "hpsearch.inference.export": ("export_onnx", "export_toml"),
 }
+EXPORTS = {name: f"{module}.{name}" for module, names in _MODULES.items() for name in names}
 """Maps each public name to the full dotted name of the object."""
 __all__ = ["EXPORTS", "__version__", *EXPORTS]
 

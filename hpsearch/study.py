@@ -128,9 +128,8 @@ def run_study(
             logger.info("stopped; run the same command to continue")
         # Workers that were killed while writing may have left temporary files behind.
         paths.remove_stale_temporaries(study.root)
-        n_counted = count_trials(coordinator.trials.values())
         n_behind, error = (threads[1].n_left, threads[1].error) if tracker is not None else (0, "")
-        return StudySummary(record, n_counted, stop.is_requested, n_behind, error)
+        return StudySummary(record, count_trials(coordinator.trials.values()), stop.is_requested, n_behind, error)
 
 
 def close_view(view: ViewThread, stop: Stop) -> int:

@@ -25,7 +25,7 @@ from hpsearch.data.prepare import Prepared, prepare_pool
 from hpsearch.errors import StoppedError, StudyError, TrackingError, WorkerError
 from hpsearch.final import FinalResult, run_final
 from hpsearch.final import run as final_run
-from hpsearch.final.result import is_stored
+from hpsearch.final.result import stored_result
 from hpsearch.final.run import fold_networks
 from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
 from hpsearch.inference.predictor import Ensemble, Predictor, find_images, load_predictor, predict_files
@@ -237,7 +237,7 @@ def test_only_a_whole_result_of_the_same_images_is_taken_as_it_is(
     test.ids = tuple(f"ISIC_{number:07d}" for number in range(11, 15))
     given = {"pool": pool, "test": test, "n_seeds": 2, "ensemble": True}
     asked = {key: value for key, value in change.items() if key in given}
-    assert is_stored(folder, **{**given, **asked}) is (not change)
+    assert (stored_result(folder, **{**given, **asked}) is not None) is (not change)
 
 
 def test_final_trains_with_the_threads_that_the_studys_plan_says(project: ProjectPaths, result: FinalResult) -> None:

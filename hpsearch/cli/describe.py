@@ -66,12 +66,11 @@ def describe_machine(plan: ExecutionPlan) -> str:
 def describe_forecast(forecast: Forecast, place: str = "this machine") -> str:
     """Describe in one sentence how long the rest of a search will take on `place`, a machine or cluster."""
     then = f", then up to {count(forecast.n_replicates, 'refit')}" if forecast.n_replicates else ""
-    is_pruned = forecast.expected_s < forecast.total_s
-    unpruned = f" (without pruning {duration(forecast.total_s)})" if is_pruned else ""
+    without = f" (without pruning {duration(forecast.total_s)})" if forecast.expected_s < forecast.total_s else ""
     fit = duration(forecast.fit_s) if forecast.fit_s >= 10 else f"{forecast.fit_s:.1f} s"
     return (
         f"{count(forecast.n_trials, 'trial')} left{then}: about {duration(forecast.expected_s)} of training on "
-        f"{place}{unpruned}, {fit} per fit, as measured"
+        f"{place}{without}, {fit} per fit, as measured"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -15,9 +15,7 @@ from hpsearch.cli.terminal import counter, stop_on_signals
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count, interval, setting
 from hpsearch.search.stopping import Stop
-
-if TYPE_CHECKING:
-    from hpsearch.training.rows import EpochRow
+from hpsearch.training.rows import EpochRow
 
 
 @click.command("final")

@@ -197,8 +197,7 @@ def config_options(command: Command) -> Command:
             SETTING_OF[name]: value for name, value in given.items() if value is not None and value is not False
         }
         flags = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in chosen.items()]
-        settings = Settings(config_file, (*flags, *overrides), given["root"], given["images"])
-        return command(settings=settings, **rest)
+        return command(settings=Settings(config_file, (*flags, *overrides), given["root"], given["images"]), **rest)
 
     for option in reversed(CONFIG_OPTIONS):
         with_config = option(with_config)

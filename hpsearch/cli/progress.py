@@ -43,8 +43,6 @@ class StudyProgress(StudyCallback):
         """Time spent on each trial in seconds, without refits."""
         self._refits_s = 0.0
         """Time spent on refits in seconds."""
-        self._epochs: dict[int, int] = {}
-        """Number of epochs per fit, by trial number."""
         self._fits: dict[tuple[int, int], EpochRow] = {}
         self._ends_at: float | None = None
         """Expected end of the study on the monotonic clock, in seconds; None if unknown."""
@@ -74,7 +72,6 @@ class StudyProgress(StudyCallback):
         self._trials = {trial.number: trial for trial in status.trials}
         self._seconds.update(status.seconds)
         self._refits_s = sum(seconds_of(record.fits(number, replicate=1)) for number in status.shortlist)
-        self._epochs = {trial.number: trial.config["train"]["epochs"] for trial in status.trials}
         n_trials, epochs = count(study.trials, "trial"), count(config.train.epochs, "epoch")
         if status.trials:
             self._print(f"continuing study {self._name}: {status.n_counted} of {n_trials} done")
@@ -85,8 +82,7 @@ class StudyProgress(StudyCallback):
         if math.isfinite(forecast.expected_s):
             self._ends_at = time.monotonic() + forecast.expected_s
             if forecast.n_trials:
-                place = "this cluster" if plan.cluster else "this machine"
-                self._print(describe.describe_forecast(forecast, place))
+                self._print(describe.describe_forecast(forecast, "this cluster" if plan.cluster else "this machine"))
         if self._console.is_terminal:
             self._live.start()
 
@@ -95,7 +91,7 @@ class StudyProgress(StudyCallback):
         self._update()
 
     def trial_began(self, trial: TrialRecord) -> None:
-        self._trials[trial.number], self._epochs[trial.number] = trial, trial.config["train"]["epochs"]
+        self._trials[trial.number] = trial
         if not self._live.is_started:
             self._print(f"trial {trial.number}: {describe_params(trial.params) or 'the configuration as given'}")
 
@@ -155,11 +151,11 @@ class StudyProgress(StudyCallback):
             done = f"{summary.n_counted} of {n_trials} done, {n_open} open"
             self._print(f"stopped: {done}. Run the same command again to continue")
         else:
-            final = describe.next_command("final --best", self._name, self._project, status.scheduler)
-            report = describe.next_command("report", self._name, self._project)
-            mlflow = [] if self._tracking == "none" else [describe.mlflow_command(self._project)]
-            commands = [final, *mlflow, report]
-            self._print("\n  ".join([f"{summary.n_counted} of {n_trials} done. Next:", *commands]))
+            self._print(f"{summary.n_counted} of {n_trials} done. Next:")
+            self._print(f"  {describe.next_command('final --best', self._name, self._project, status.scheduler)}")
+            if self._tracking != "none":
+                self._print(f"  {describe.mlflow_command(self._project)}")
+            self._print(f"  {describe.next_command('report', self._name, self._project)}")
         if summary.undelivered:
             self._print(describe.describe_behind(self._name, self._project, self._tracking, summary.tracking_error))
 
@@ -209,15 +205,11 @@ class StudyProgress(StudyCallback):
             fits.add_row(
                 f"  trial {trial}",
                 f"fold {fold + 1} of {status.n_folds}",
-                f"epoch {row.epoch} of {self._epochs[trial]}",
+                f"epoch {row.epoch} of {self._trials[trial].config['train']['epochs']}",
                 f"loss {row.train.loss:.3f}",
                 f"{metric} {getattr(row.scores, metric):.4f}",
                 f"{row.images_per_s:.0f} images/s",
             )
-        return Group(_bar(f"{head}  {rest}", done, total), fits, *last)
-
-
-def _bar(text: str, done: int, total: int) -> Table:
-    grid = Table.grid(padding=(0, 1))
-    grid.add_row(ProgressBar(total=max(1, total), completed=done, width=30), Text(text))
-    return grid
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(ProgressBar(total=max(1, total), completed=done, width=30), Text(f"{head}  {rest}"))
+        return Group(bar, fits, *last)

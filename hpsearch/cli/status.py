@@ -17,11 +17,11 @@ from hpsearch.errors import StudyError
 from hpsearch.paths import FitPaths, ProjectPaths, write_text
 from hpsearch.report.formats import count, duration
 from hpsearch.store import lock
+from hpsearch.store.trials import PruneDecision, read_record
 
 if TYPE_CHECKING:
     from hpsearch.search.status import OpenFit, StudyStatus
     from hpsearch.store.record import StudyRecord
-    from hpsearch.store.trials import PruneDecision
 
 WAIT_S = 600.0
 """Longest time in seconds that `hpsearch stop` waits for the study to stop."""
@@ -54,7 +54,9 @@ def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> 
         if found.is_running:
             echo_table(("worker", "runs", found.config.study.metric, "speed"), _worker_rows(found))
         else:
-            echo_table(("stopped in", found.config.study.metric), _stopped_rows(found))
+            # Only the fits of which a checkpoint was saved.
+            stopped = (_fit_cells(found, fit) for fit in found.open_fits if fit.row)
+            echo_table(("stopped in", found.config.study.metric), stopped)
         if study_name:
             echo_table(("trial", "outcome", "value", "folds", "time", "parameters", "reason"), _trial_rows(found))
     if not study_name and (others := [name for name in every if name not in names]):
@@ -66,7 +68,6 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
     from hpsearch.report.final_record import FinalRecord
     from hpsearch.search.racing import MATTERS
     from hpsearch.store.fits import FitRecord
-    from hpsearch.store.trials import read_record
 
     study = project.study(status.name)
     outcomes = Counter(trial.outcome or "open" for trial in status.trials)
@@ -87,11 +88,11 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
         yield f"about {duration(status.eta_s)} left"
     finals = study.final_names()
     if status.is_running:
-        fits = [FitRecord(FitPaths(path)) for path in sorted(study.finals.glob("*/seed*")) if status.is_over]
-        for final in fits:
-            if not final.is_finished and (rows := final.epochs()):
-                root = final.paths.root
-                yield f"final of {root.parent.name}, network {int(root.name[4:]) + 1}: epoch {rows[-1].epoch}"
+        for path in sorted(study.finals.glob("*/seed*")) if status.is_over else ():
+            fit = FitRecord(FitPaths(path))
+            if not fit.is_finished and (rows := fit.epochs()):
+                network = int(path.name.removeprefix("seed")) + 1
+                yield f"final of {path.parent.name}, network {network}: epoch {rows[-1].epoch}"
     elif not status.is_over:
         yield f"continue with: {next_command('study', status.name, project, status.scheduler)}"
     elif best and not finals:
@@ -115,11 +116,6 @@ def _worker_rows(status: StudyStatus) -> Iterator[Sequence[str]]:
         yield name or "(waiting)", *_fit_cells(status, fit), speed if name else ""
     busy = {fit.worker for fit in status.open_fits}
     yield from ((text, "idle", "", "") for name, text in names.items() if name not in busy)
-
-
-def _stopped_rows(status: StudyStatus) -> Iterator[Sequence[str]]:
-    """Yield a row for each open fit of which a checkpoint was saved before the study stopped."""
-    yield from (_fit_cells(status, fit) for fit in status.open_fits if fit.row)
 
 
 def _fit_cells(status: StudyStatus, fit: OpenFit) -> tuple[str, str]:

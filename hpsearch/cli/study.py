@@ -94,12 +94,7 @@ def study(
 @options.tracking_option
 @options.storage_option
 def train(
-    project: ProjectPaths,
-    settings: Settings,
-    study_name: str | None,
-    machine: hpsearch.MachineChoice,
-    tracking: str | None,
-    storage: str | None,
+    project: ProjectPaths, settings: Settings, study_name: str | None, machine: hpsearch.MachineChoice, **more: Any
 ) -> int:
     """Train one configuration without a search.
 
@@ -116,7 +111,7 @@ def train(
     config = settings.load(project.study(name).toml)
     one = dataclasses.replace(config.study, trials=1, pruner="none", confirm=0)
     config = dataclasses.replace(config, study=one, search=SearchSpace())
-    return _run(project, name, config, tracking, machine=dataclasses.replace(machine, n_workers=1), storage=storage)
+    return _run(project, name, config, machine=dataclasses.replace(machine, n_workers=1), **more)
 
 
 def _run(project: ProjectPaths, name: str, config: StudyConfig, tracking: str | None, **more: Any) -> int:

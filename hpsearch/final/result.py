@@ -13,7 +13,7 @@ from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import Index
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
 from hpsearch.errors import RecordError
-from hpsearch.inference.scoring import COLUMNS, mask_name, score_table, write_submission
+from hpsearch.inference.scoring import COLUMNS, mask_name, score_table
 from hpsearch.paths import FinalPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.final_record import FinalRecord
@@ -26,16 +26,16 @@ from hpsearch.typed_json import to_json
 logger = logging.getLogger(__name__)
 
 
-def is_stored(folder: FinalPaths, pool: Index, test: Index, *, n_seeds: int, ensemble: bool) -> bool:
-    """Return whether `folder` has a complete result for the same images, number of seeds and choice of `ensemble`."""
-    if not folder.result.is_file():
-        return False
+def stored_result(
+    folder: FinalPaths, pool: Index, test: Index, *, n_seeds: int, ensemble: bool
+) -> FinalRecord | None:
+    """Return the result in `folder` if it is complete, and of the same images, number of seeds and `ensemble`."""
+    files = (folder.result, folder.model, folder.table, *(folder.masks / mask_name(image) for image in test.ids))
+    if not all(path.is_file() for path in files):
+        return None
     stored = read_record(FinalRecord, folder.result)
     found = (stored.pool_key, stored.test_key, stored.n_seeds, stored.ensemble is not None)
-    if found != (pool.key, test.key, n_seeds, ensemble):
-        return False
-    files = [folder.model, folder.table, *(folder.masks / mask_name(image) for image in test.ids)]
-    return all(path.is_file() for path in files)
+    return stored if found == (pool.key, test.key, n_seeds, ensemble) else None
 
 
 def find_leaks(data: DataConfig, cache_root: Path, pool: Index, test: Index) -> tuple[DuplicatePair, ...]:
@@ -88,8 +88,3 @@ def draw_figures(record: StudyRecord, folder: FinalPaths, final: FinalRecord) ->
     for path, figure in ((folder.curves, figures.draw_curves(fits, title=title)), (folder.panels, panels)):
         with paths.atomic_write(path) as temporary:
             temporary.write_bytes(figures.to_bytes(figure))
-
-
-def pack_submission(folder: FinalPaths, test: Index) -> None:
-    """Write the masks of the test images as a zip file for submission to the challenge."""
-    write_submission(folder.submission, [folder.masks / mask_name(image) for image in test.ids])

@@ -8,7 +8,7 @@ come from the search (`report.estimates`). The post-processing is selected on ou
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,20 +21,12 @@ from hpsearch.config import stable_seed
 from hpsearch.data.decode_pool import Progress
 from hpsearch.data.prepare import PoolCaches, Prepared, cache_root, locate, prepare_test
 from hpsearch.errors import StudyChangedError, StudyError
-from hpsearch.final.result import (
-    draw_figures,
-    find_leaks,
-    intervals,
-    is_stored,
-    pack_submission,
-    read_official_scores,
-    read_scores,
-    write_table,
-)
+from hpsearch.final import result as results
 from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing, SelectedPostprocessing
+from hpsearch.inference.scoring import mask_name, write_submission
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.estimates import Estimates
-from hpsearch.report.final_record import EnsembleResult, FinalRecord, FinalResult, final_result
+from hpsearch.report.final_record import EnsembleResult, FinalRecord, FinalResult, evaluation_facts, final_result
 from hpsearch.report.page import model_card
 from hpsearch.report.rows import study_rows
 from hpsearch.search.autotune import MachineChoice, plan_for_one_fit
@@ -104,16 +96,22 @@ def run_final(
         record.verify()
         record.forget_workers()
         chosen = choose_trial(record, trial, cheapest_tied)
-        final = _Final(record, chosen, n_seeds, ensemble, stop, on_epoch, on_decoded, on_step)
+        callbacks = on_epoch or _ignore, on_decoded or _ignore, on_step or _ignore
+        final = _Final(record, chosen, n_seeds, ensemble, stop, *callbacks)
         stored = final.stored()
         result = stored or final.run(machine or MachineChoice())
         if submission:
-            pack_submission(final.folder, final.test.index)
+            masks = [final.folder.masks / mask_name(image) for image in final.test.index.ids]
+            write_submission(final.folder.submission, masks)
         if tracker is not None and stored is None:
             final.say("updating MLflow")
             view = ViewThread(tracker.view(record.paths))
             result = dataclasses.replace(result, undelivered=close_view(view, stop), tracking_error=view.error)
         return result
+
+
+def _ignore(*_event: object) -> None:
+    """Default of the callbacks."""
 
 
 @dataclass
@@ -125,9 +123,9 @@ class _Final:
     n_seeds: int
     ensemble: bool
     stop: Stop
-    on_epoch: OnEpoch | None
-    on_decoded: Progress | None
-    on_step: Callable[[str], None] | None
+    on_epoch: OnEpoch
+    on_decoded: Progress
+    on_step: Callable[[str], None]
 
     def __post_init__(self) -> None:
         record, trial = self.record, self.trial
@@ -165,8 +163,7 @@ class _Final:
 
     def say(self, text: str) -> None:
         logger.info(text)
-        if self.on_step is not None:
-            self.on_step(text)
+        self.on_step(text)
 
     def _check(self) -> None:
         """Raise StoppedError if a stop was requested and no network is being trained."""
@@ -176,13 +173,11 @@ class _Final:
 
     def _decoded(self, done: int, total: int) -> None:
         self._check()
-        if self.on_decoded is not None:
-            self.on_decoded(done, total)
+        self.on_decoded(done, total)
 
     def _epoch_ended(self, index: int, row: EpochRow) -> bool:
         """Report the end of an epoch, and return whether to continue training."""
-        if self.on_epoch is not None:
-            self.on_epoch(index, row)
+        self.on_epoch(index, row)
         return not self.stop.is_requested
 
     def stored(self) -> FinalResult | None:
@@ -190,10 +185,8 @@ class _Final:
         if not self.folder.result.is_file():
             return None
         pool, test = self.caches.scored.index, self.test.index
-        if not is_stored(self.folder, pool, test, n_seeds=self.n_seeds, ensemble=self.ensemble):
-            return None
-        look = read_record(FinalRecord, self.folder.result).look
-        if test_set_log.find_evaluation(self.project, look) is None:
+        stored = results.stored_result(self.folder, pool, test, n_seeds=self.n_seeds, ensemble=self.ensemble)
+        if stored is None or test_set_log.find_evaluation(self.project, stored.look) is None:
             return None
         self.say(f"trial {self.trial.number} was evaluated on these images before; this is the stored result")
         return final_result(self.record, self.folder.root.name, Estimates.of(self.record))
@@ -202,8 +195,7 @@ class _Final:
         """Train the networks, select post-processing, score the test images and write the result."""
         began_at, folder = now(), self.folder
         # Train one network at a time on the first device of the plan. No other worker uses this device now.
-        say = self.on_step or (lambda text: None)
-        with machine.open_pool(self.record.paths, self.record, self._check, say) as pool:
+        with machine.open_pool(self.record.paths, self.record, self._check, self.on_step) as pool:
             # Decode all images first: a problem with one of them must end the run before the training.
             _ = self.caches, self.test, self.seen
             paths.write_text(folder.config, self.config.to_toml())
@@ -217,12 +209,11 @@ class _Final:
             choices = Postprocessing() if chosen is None else chosen.choices
             shutil.rmtree(folder.ensemble, ignore_errors=True)
             sources = [network.weights for network in self.networks] if self.ensemble else []
-            members = [folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources))]
+            members = tuple(folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources)))
             copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
             do(jobs.KeepJob(copies=tuple(copies), postprocessing=choices))
             hashes = test_set_log.hashes_in_cache(self.test.cache_path)
-            facts = {"study": self.record.name, "trial": self.trial.number, "metric": self.record.config.study.metric}
-            facts |= {"study_began_at": self.record.trials()[0].began_at, "folder": str(self.project.root.absolute())}
+            facts = evaluation_facts(self.record, self.trial.number)
             evaluation = test_set_log.begin_evaluation(self.project, hashes, at=now(), **facts)
             self._score(do, choices, members)
         result = self._evaluate(evaluation, chosen, began_at=began_at, runtime=dict(plan.machine))
@@ -261,7 +252,7 @@ class _Final:
             do(select(networks=self.networks, source=self.source, ensemble=self.ensemble, out=out))
         return read_record(SelectedPostprocessing, out) if out.is_file() else None
 
-    def _score(self, do: RunJob, choices: Postprocessing, members: Sequence[Path]) -> None:
+    def _score(self, do: RunJob, choices: Postprocessing, members: tuple[Path, ...]) -> None:
         """Predict the test images with the retrained networks and the fold ensemble. Write pixel counts and masks."""
         folder, test, config = self.folder, self.test, self.trial.study_config
         truth = test.cache_path if test.cache_path != self.seen.cache_path else None
@@ -279,12 +270,11 @@ class _Final:
         official = partial(jobs.OfficialScoreJob, reading=test.index.preparation.reading, images=images)
         if choices != Postprocessing():
             do(count(weights=(folder.model,), postprocessing=choices, counts=folder.chosen_counts))
-        masks = None if by_ensemble else folder.masks
+        masks, masks_of_ensemble = (None, folder.masks) if by_ensemble else (folder.masks, None)
         do(official(weights=(folder.model,), masks=masks, counts=folder.official_counts))
         if members:
-            do(count(weights=tuple(members), postprocessing=choices, counts=folder.ensemble_counts))
-            masks = folder.masks if by_ensemble else None
-            do(official(weights=tuple(members), masks=masks, counts=folder.ensemble_official_counts))
+            do(count(weights=members, postprocessing=choices, counts=folder.ensemble_counts))
+            do(official(weights=members, masks=masks_of_ensemble, counts=folder.ensemble_official_counts))
 
     def _evaluate(
         self, evaluation: LoggedEvaluation, chosen: SelectedPostprocessing | None, **facts: Any
@@ -298,11 +288,11 @@ class _Final:
         metric, number = record.config.study.metric, self.trial.number
         estimates = Estimates.of(record)
         assert estimates is not None
-        leaks = find_leaks(self.config.data, self.root, pool, test)
+        leaks = results.find_leaks(self.config.data, self.root, pool, test)
         leaked = np.isin(np.array(test.ids), [name for pair in leaks for name in (pair.a, pair.b)])
-        tables = [read_scores(folder.seed(index).test_counts) for index in range(self.n_seeds)]
+        tables = [results.read_scores(folder.seed(index).test_counts) for index in range(self.n_seeds)]
         means = {name: np.mean([table[name] for table in tables], axis=0) for name in SCORES}
-        official = read_official_scores(folder.official_counts, test)
+        official = results.read_official_scores(folder.official_counts, test)
         is_processed = chosen is not None and chosen.choices != Postprocessing()
         final = FinalRecord(
             **estimates.of_final(number, n_test=len(test), n_runs=self.n_seeds),
@@ -312,11 +302,11 @@ class _Final:
             n_pool=len(pool),
             n_test=len(test),
             eval_size=record.config.eval_size,
-            test=intervals(means),
+            test=results.intervals(means),
             per_seed={name: tuple(float(table[name].mean()) for table in tables) for name in SCORES},
-            official=intervals(official),
+            official=results.intervals(official),
             chosen=chosen,
-            chosen_test=intervals(read_scores(folder.chosen_counts)) if is_processed else {},
+            chosen_test=results.intervals(results.read_scores(folder.chosen_counts)) if is_processed else {},
             ensemble=self._evaluate_ensemble(is_processed) if self.ensemble else None,
             leaks=leaks,
             without_leaks=float(means[metric][~leaked].mean()) if leaks and not leaked.all() else None,
@@ -330,9 +320,9 @@ class _Final:
             look=evaluation.id,
             n_looks=len(test_set_log.evaluations_of(self.project, evaluation)),
         )
-        columns = {**means, **{f"official_{name}": values for name, values in official.items()}}
-        write_table(folder, test.ids, columns)
-        draw_figures(record, folder, final)
+        columns = means | {f"official_{name}": values for name, values in official.items()}
+        results.write_table(folder, test.ids, columns)
+        results.draw_figures(record, folder, final)
         # A zip file that exists already contains the masks of an earlier evaluation.
         folder.submission.unlink(missing_ok=True)
         return final
@@ -340,12 +330,13 @@ class _Final:
     def _evaluate_ensemble(self, is_processed: bool) -> EnsembleResult:
         folder, metric = self.folder, self.record.config.study.metric
         alone = folder.chosen_counts if is_processed else folder.seed(0).test_counts
-        scores = read_scores(folder.ensemble_counts)
+        scores = results.read_scores(folder.ensemble_counts)
+        official = results.read_official_scores(folder.ensemble_official_counts, self.test.index)
         return EnsembleResult(
             n_networks=self.record.n_folds,
-            test=intervals(scores),
-            official=intervals(read_official_scores(folder.ensemble_official_counts, self.test.index)),
-            gain=paired_difference(scores[metric], read_scores(alone)[metric]),
+            test=results.intervals(scores),
+            official=results.intervals(official),
+            gain=paired_difference(scores[metric], results.read_scores(alone)[metric]),
         )
 
 
@@ -376,12 +367,10 @@ def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -
     or if an earlier trial has the same configuration as trial `number`.
     """
     if number is None:
-        best = record.best()
-        if best is None:
+        estimates = Estimates.of(record)
+        if estimates is None:
             raise StudyError(f"study {record.name!r} has no complete trial yet: run `hpsearch study` first")
-        if cheapest_tied and (estimates := Estimates.of(record)) is not None:
-            return record.trial(estimates.cheapest_tied)
-        return best
+        return record.trial(estimates.cheapest_tied if cheapest_tied else estimates.winner)
     trial, named = record.known_trial(number), f"trial {number} of study {record.name!r}"
     if not trial.can_win:
         special = {"complete": "ran out of memory and was trained with smaller batches", None: "is still open"}

@@ -6,15 +6,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from hpsearch.report.trial_rows import trial_epochs
+from hpsearch.search.status import seconds_of
 from hpsearch.stats.intervals import Interval, Paired
-from hpsearch.stats.selection import (
-    Corrected,
-    corrected_estimate,
-    corrected_gain,
-    predict_test_mean,
-    tied_with_best,
-)
+from hpsearch.stats.selection import Corrected, corrected_estimate, corrected_gain, predict_test_mean, tied_with_best
 from hpsearch.stats.study_scores import StudyScores, TrialStatistics, trial_statistics
 from hpsearch.store.record import StudyRecord
 
@@ -86,16 +80,13 @@ class Estimates:
     def cheapest_tied(self) -> int:
         """Number of the tied trial with the fastest cross-validation. Of equally fast trials, the best is
         returned."""
-        fits = {number: trial_epochs(self.record, number) for number in self.tied}
-        return min(self.tied, key=lambda number: sum(row.seconds for rows in fits[number] for row in rows))
+        return min(self.tied, key=lambda number: seconds_of(self.record.fits(number)))
 
-    def predicted(self, trial: int, *, n_test: int, n_runs: int = 1) -> Interval | None:
-        """Predict the mean score of the winner on `n_test` new images after retraining; None for any other trial.
+    def predicted(self, *, n_test: int, n_runs: int = 1) -> Interval:
+        """Predict the mean score of the winner on `n_test` new images after retraining.
 
         `n_runs` is the number of retrained networks whose scores are averaged.
         """
-        if trial != self.winner:
-            return None
         return predict_test_mean(self.scores, self.corrected, n_test=n_test, n_runs=n_runs)
 
     def gain(self, trial: int) -> Paired | None:
@@ -108,13 +99,17 @@ class Estimates:
         return corrected_gain(self.scores, self.complete.index(trial), self.complete.index(0))
 
     def of_final(self, trial: int, *, n_test: int, n_runs: int) -> dict[str, Any]:
-        """Return the estimates of a retrained trial as fields of `FinalScores`. See `predicted` for `n_runs`."""
+        """Return the estimates of a retrained trial as fields of `FinalScores`. See `predicted` for `n_runs`.
+
+        The corrected mean and the prediction exist only for the winner.
+        """
+        is_winner = trial == self.winner
         return {
             "cv": self.statistics[trial].total,
             "cv_fold_std": self.statistics[trial].sd_folds,
             "is_confirmed": self.complete.index(trial) in self.scores.replicated,
-            "corrected": self.corrected if trial == self.winner else None,
-            "predicted": self.predicted(trial, n_test=n_test, n_runs=n_runs),
+            "corrected": self.corrected if is_winner else None,
+            "predicted": self.predicted(n_test=n_test, n_runs=n_runs) if is_winner else None,
             "against_default": self.gain(trial),
             "winner": self.winner,
         }

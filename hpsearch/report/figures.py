@@ -31,26 +31,19 @@ NAMES = {"loss": "Loss", **SCORES}
 
 
 def new_figure(
-    width: float,
-    height: float,
-    n_rows: int = 1,
-    n_columns: int = 1,
-    *,
-    title: str = "",
-    margins: dict[str, float] | None = None,
-    **options: Any,
+    width: float, height: float, *, title: str = "", margins: dict[str, float] | None = None, **options: Any
 ) -> tuple[Figure, npt.NDArray[Any]]:
     """Return a figure and its array of axes, (rows, columns). `width` and `height` are in inches.
 
     The axes have a grid, and no spines at the top and right. `margins` places the axes, with the names of
     `SubplotParams`. Without it, the layout is computed from the texts, which takes a third of the drawing time.
-    `options` are passed to `Figure.subplots`.
+    `options` are passed to `Figure.subplots`, for example `nrows`.
     """
     layout = None if margins else ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
     figure = Figure(figsize=(width, height), facecolor="white", layout=layout)
     if title:
         figure.suptitle(literal(title), x=0.02, ha="left", size=13, weight="bold", color=INK)
-    axes = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw=margins, **options)
+    axes = figure.subplots(squeeze=False, gridspec_kw=margins, **options)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#e6e6e6", lw=0.7)
@@ -68,8 +61,7 @@ def legend_below(figure: Figure) -> None:
     """Add a one-line legend below the figure, with one entry for each distinct label in its axes."""
     handles = [handle for axis in figure.axes for handle in axis.get_legend_handles_labels()[0]]
     found = {str(handle.get_label()): handle for handle in handles}
-    looks: dict[str, Any] = {"loc": "outside lower left", "frameon": False, "fontsize": 9}
-    figure.legend(found.values(), found.keys(), ncols=len(found), **looks)
+    figure.legend(found.values(), found.keys(), ncols=len(found), loc="outside lower left", frameon=False, fontsize=9)
 
 
 def literal(text: str) -> str:
@@ -107,7 +99,7 @@ def draw_curves(fits: Sequence[Sequence[EpochRow]], *, title: str) -> Figure:
     """
     # There is room at the right of each column for the size of the gap.
     margins = {"left": 0.06, "right": 0.93, "bottom": 0.12, "top": 0.89, "wspace": 0.24, "hspace": 0.16}
-    figure, axes = new_figure(11.0, 7.2, 2, 2, title=title, margins=margins, sharex=True)
+    figure, axes = new_figure(11.0, 7.2, title=title, margins=margins, nrows=2, ncols=2, sharex=True)
     for axis, score in zip(axes.flat, CURVES, strict=True):
         axis.set_title(NAMES[score], loc="left", size=11)
         axis.locator_params(axis="x", integer=True, min_n_ticks=1)
@@ -146,13 +138,12 @@ def _draw_fits(
 def _mark_gap(axis: Axes, epochs: Floats, train: Floats, held_out: Floats, score: str) -> None:
     sign = -1 if score == "loss" else 1
     gaps = sign * (train - held_out)
-    looks: dict[str, Any] = {"color": HELD_OUT, "alpha": 0.16, "lw": 0, "label": "gap: training is better"}
-    axis.fill_between(epochs, train, held_out, where=(gaps > 0).tolist(), **looks)
-    color = HELD_OUT if gaps[-1] > 0 else PALE
+    shade: dict[str, Any] = {"color": HELD_OUT, "alpha": 0.16, "lw": 0, "label": "gap: training is better"}
+    axis.fill_between(epochs, train, held_out, where=(gaps > 0).tolist(), **shade)
     # x is in axes coordinates, so the text stays to the right of the axes for any number of epochs.
     middle = (1.0, (train[-1] + held_out[-1]) / 2)
-    place = {"xycoords": ("axes fraction", "data"), "va": "center"}
-    label(axis, f"gap\n{gaps[-1]:+.3f}", middle, (6, 0), size=9, color=color, **place)
+    looks = {"size": 9, "color": HELD_OUT if gaps[-1] > 0 else PALE, "va": "center"}
+    label(axis, f"gap\n{gaps[-1]:+.3f}", middle, (6, 0), xycoords=("axes fraction", "data"), **looks)
     best = int(np.argmax(sign * held_out))
     if best < len(epochs) - 1:
         axis.axvline(float(epochs[best]), color=PALE, lw=1.2, ls=":", label="best epoch, held out")

@@ -164,8 +164,7 @@ def final_result(record: StudyRecord, name: str, estimates: Estimates | None) ->
     evaluation = _evaluation_of(record, stored)
     evaluations = log.evaluations_of(record.paths.project, evaluation)
     first = next(each for each in evaluations if each.is_of_same_study(evaluation))
-    replicates = (0, 1) if fields["is_confirmed"] else (0,)
-    cv_scores = scores_by_fold([record.fits(number, replicate) for replicate in replicates])
+    cv_scores = scores_by_fold([record.fits(number, replicate) for replicate in range(1 + fields["is_confirmed"])])
     return FinalResult(
         **fields,
         trial=trial,
@@ -189,20 +188,25 @@ def _evaluation_of(record: StudyRecord, result: FinalRecord) -> LoggedEvaluation
     Version 0.1 did not store the id of the entry, so look for an entry of the same test set and configuration. If
     there is none, return an entry made from the result.
     """
-    project = record.paths.project
+    project, score = record.paths.project, result.test[result.metric].mean
     if (found := log.find_evaluation(project, result.look)) is not None:
         return found
-    facts = {name: getattr(result, name) for name in ("test_set", "trial", "metric")}
-    facts |= {
-        "study": record.name,
-        "study_began_at": record.trials()[0].began_at,
-        "folder": str(project.root.absolute()),
-    }
-    score = result.test[result.metric].mean
-    known = LoggedEvaluation(at=result.ended_at, n_images=result.n_test, score=score, id="", **facts)
+    facts = evaluation_facts(record, result.trial) | {"test_set": result.test_set, "n_images": result.n_test}
+    known = LoggedEvaluation(at=result.ended_at, score=score, id="", **facts)
     wanted = (known.test_set, known.configuration)
     entries = (each for each in log.evaluations_of(project, known) if each.id)
     return next((each for each in entries if (each.test_set, each.configuration) == wanted), known)
+
+
+def evaluation_facts(record: StudyRecord, trial: int) -> dict[str, Any]:
+    """Return the fields of an entry in the test-set log that identify the study and the trial."""
+    return {
+        "study": record.name,
+        "study_began_at": record.trials()[0].began_at,
+        "trial": trial,
+        "metric": record.config.study.metric,
+        "folder": str(record.paths.project.root.absolute()),
+    }
 
 
 def _test_scores(table: Path, metric: str) -> Floats:

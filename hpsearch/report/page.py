@@ -11,7 +11,7 @@ from hpsearch.models.network import n_parameters
 from hpsearch.report import tables, text
 from hpsearch.report.final_record import FinalResult
 from hpsearch.report.rows import StudyRows, study_rows
-from hpsearch.report.trial_rows import trial_cases, trial_epochs
+from hpsearch.report.trial_rows import trial_cases
 from hpsearch.store.record import StudyRecord
 from hpsearch.training.rows import EpochRow
 
@@ -29,7 +29,8 @@ def write_report(record: StudyRecord) -> Path:
     from hpsearch.report.figures import to_bytes
 
     rows = study_rows(record)
-    fits = [] if rows.standing.winner is None else trial_epochs(record, rows.standing.winner)
+    winner = rows.standing.winner
+    fits = [] if winner is None else [fit.epochs() for fit in record.fits(winner)]
     pictures = {}
     for name, figure in _draw(rows, fits):
         png = to_bytes(figure, dpi=150)

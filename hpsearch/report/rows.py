@@ -9,7 +9,6 @@ from hpsearch.config import StudyConfig, get_setting
 from hpsearch.models.network import n_parameters, why_impossible
 from hpsearch.report.estimates import Estimates
 from hpsearch.report.final_record import FinalResult, final_result
-from hpsearch.report.trial_rows import trial_epochs
 from hpsearch.search.constant_predictions import constant_warnings
 from hpsearch.search.importance import importances
 from hpsearch.stats.study_scores import TrialStatistics
@@ -137,7 +136,7 @@ def study_rows(record: StudyRecord) -> StudyRows:
 def _trial_row(record: StudyRecord, trial: TrialRecord, estimates: Estimates | None) -> TrialRow:
     config, data, plan = trial.study_config, trial.study_config.data, record.plan()
     statistics = estimates.statistics.get(trial.number) if estimates is not None else None
-    epochs = trial_epochs(record, trial.number)
+    epochs = [fit.epochs() for fit in record.fits(trial.number)]
     is_possible = why_impossible(config.unet, data.n_channels, data.height, data.width) is None
     return TrialRow(
         number=trial.number,

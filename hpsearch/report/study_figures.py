@@ -76,7 +76,7 @@ def draw_race(trials: Sequence[TrialRow], ranking: Sequence[int], n_folds: int, 
     The upper axes show the mean or estimate of each trial, and the best mean so far. `ranking` contains the numbers
     of the trials that can win, best first.
     """
-    figure, ((above,), (below,)) = new_figure(11.0, 5.6, 2, sharex=True, height_ratios=[3, 2])
+    figure, ((above,), (below,)) = new_figure(11.0, 5.6, nrows=2, sharex=True, height_ratios=[3, 2])
     above.set_ylabel(NAMES[metric])
     below.set_ylabel("folds trained")
     below.set_xlabel("trial")
@@ -84,10 +84,10 @@ def draw_race(trials: Sequence[TrialRow], ranking: Sequence[int], n_folds: int, 
     if not values:
         above.text(0.5, 0.5, "no trial has a mean or an estimate", transform=above.transAxes, ha="center", color=PALE)
     for trial in trials:
-        looks: dict[str, Any] = {"color": OUTCOMES[trial.outcome], "label": trial.outcome}
-        below.bar(trial.number, sum(trial.epochs) / trial.n_epochs, lw=0, **looks)
+        color, height = OUTCOMES[trial.outcome], sum(trial.epochs) / trial.n_epochs
+        below.bar(trial.number, height, lw=0, color=color, label=trial.outcome)
         if not any(trial.epochs) and trial.outcome != "open":
-            below.plot(trial.number, 0.08 * n_folds, "x", color=OUTCOMES[trial.outcome], ms=5)
+            below.plot(trial.number, 0.08 * n_folds, "x", color=color, ms=5)
     if ranking:
         steps = sorted(ranking)
         best = [values[next(number for number in ranking if number <= step)] for step in steps]
@@ -120,7 +120,7 @@ def draw_slices(
     """
     n_columns = min(3, len(dimensions))
     n_rows = -(-len(dimensions) // n_columns)
-    figure, axes = new_figure(11.0, 0.5 + 2.8 * n_rows, n_rows, n_columns, sharey=True)
+    figure, axes = new_figure(11.0, 0.5 + 2.8 * n_rows, nrows=n_rows, ncols=n_columns, sharey=True)
     for axis, (name, dimension) in zip(axes.flat, dimensions.items(), strict=False):
         axis.set_xlabel(name)
         places = [trial.params[name] for trial in trials]
@@ -147,7 +147,7 @@ def draw_slices(
 
 def draw_costs(complete: Sequence[TrialRow], best: int, *, metric: str) -> Figure:
     """Plot the mean of each complete trial against its time, memory and number of parameters, with Pareto fronts."""
-    figure, axes = new_figure(11.0, 3.9, 1, 3, sharey=True)
+    figure, axes = new_figure(11.0, 3.9, ncols=3, sharey=True)
     axes[0, 0].set_ylabel(NAMES[metric])
     for axis, (name, cost_of) in zip(axes.flat, COSTS.items(), strict=True):
         points = [(cost, trial) for trial in complete if (cost := cost_of(trial))]

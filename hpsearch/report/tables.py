@@ -41,7 +41,7 @@ def estimates(rows: StudyRows) -> list[tuple[str, Interval]]:
     found, final = rows.estimates, rows.winner_final
     assert found is not None
     n_test = N_TEST if final is None else final.n_test
-    predicted = found.predicted(found.winner, n_test=n_test) if final is None else final.predicted
+    predicted = found.predicted(n_test=n_test) if final is None else final.predicted
     assert predicted is not None
     plain = "validation, plain" if rows.is_fixed_split else "cross-validation, plain"
     result = [(plain, found.statistics[found.winner].total)]

@@ -86,13 +86,11 @@ def commands(rows: StudyRows) -> list[tuple[str, str]]:
 
     The commands read the file NAME.toml, which must contain the settings shown on the page.
     """
-    toml = shlex.quote(f"{rows.record.name}.toml")
-    result = [(command_line(f"study --config {toml}", rows.record.name), "the search")]
+    name, toml = rows.record.name, shlex.quote(f"{rows.record.name}.toml")
+    result = [(command_line(f"study --config {toml}", name), "the search")]
     for final in rows.finals:
         seeds = f" --seeds {final.n_seeds}" if final.n_seeds > 1 else ""
-        result.append(
-            (command_line(f"final --trial {final.trial.number}{seeds}", rows.record.name), "retraining and test")
-        )
+        result.append((command_line(f"final --trial {final.trial.number}{seeds}", name), "retraining and test"))
     if rows.standing.winner is not None:
         params = rows.trial(rows.standing.winner).params
         # JSON and TOML have the same syntax for the values of settings.

@@ -15,7 +15,6 @@ from hpsearch.paths import FinalPaths
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.training.rows import EpochRow
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +36,6 @@ class Case:
     """Ground truth, (H, W)."""
     pred: npt.NDArray[np.bool_]
     """Predicted mask, (H, W)."""
-
-
-def trial_epochs(record: StudyRecord, number: int) -> list[list[EpochRow]]:
-    """Return the epoch rows of every fold of a trial, including unfinished folds."""
-    return [fit.epochs() for fit in record.fits(number)]
 
 
 def image_scores(counts: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.float64]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpsearch.paths import StudyPaths
-from hpsearch.report.trial_rows import image_scores, trial_cases, trial_epochs
+from hpsearch.report.trial_rows import image_scores, trial_cases
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import TrialRecord
 from hpsearch.training.metrics import SCORES
@@ -44,7 +44,7 @@ def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> 
             csv.writer(file).writerows([["image", "fold", *SCORES], *rows])
     name, metric = f"trial {trial.number:04d} of {record.name}", record.config.study.metric
     result = f"out-of-fold {metric} {trial.value:.4f}" if trial.outcome == "complete" else trial.outcome or "open"
-    _draw_curves(folder, trial_epochs(record, trial.number), f"{name}: {result}")
+    _draw_curves(folder, [fit.epochs() for fit in record.fits(trial.number)], f"{name}: {result}")
     if cases := trial_cases(record, trial.number):
         from hpsearch.report import figures
 

@@ -69,11 +69,10 @@ def test_pruned_trials_count_with_the_folds_that_they_finished(study: FakeStudy)
 
 def test_a_prediction_is_made_for_the_winner_only_and_is_wider_for_fewer_test_images(study: FakeStudy) -> None:
     estimates = estimates_of(study)
-    few, many = (estimates.predicted(2, n_test=n) for n in (10, 600))
-    assert few is not None
-    assert many is not None
+    few, many = (estimates.predicted(n_test=n) for n in (10, 600))
     assert few.low < many.low < many.mean < many.high < few.high
-    assert estimates.predicted(3, n_test=600) is None
+    assert estimates.of_final(2, n_test=600, n_runs=1)["predicted"] == many
+    assert estimates.of_final(3, n_test=600, n_runs=1)["predicted"] is None
 
 
 def test_the_cheapest_of_the_tied_is_the_one_that_took_the_least_time(study: FakeStudy) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpsearch.errors import RecordError
-from hpsearch.report.trial_rows import final_cases, trial_cases, trial_epochs
+from hpsearch.report.trial_rows import final_cases, trial_cases
 from tests.recorded import TEST_KEY, FakeStudy
 
 
@@ -21,14 +21,14 @@ def study(tmp_path: Path) -> FakeStudy:
 
 
 def test_curves_have_every_epoch_of_every_fold(study: FakeStudy) -> None:
-    fits = trial_epochs(study.record, 0)
+    fits = [fit.epochs() for fit in study.record.fits(0)]
     assert [len(rows) for rows in fits] == [study.n_epochs] * 2
     assert fits[1][2] == study.record.fit(0, 1).epochs()[2]
 
 
 def test_a_trial_without_epochs_has_no_curves_and_no_cases(study: FakeStudy) -> None:
     study.trial("infeasible")
-    assert trial_epochs(study.record, 1) == [[], []]
+    assert [fit.epochs() for fit in study.record.fits(1)] == [[], []]
     assert trial_cases(study.record, 1) == []
 
 
