@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -226,11 +226,10 @@ def make_optimizer(
     step without waiting for the device.
     """
     fused = device.type in ("cpu", "cuda")
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-    return torch.optim.SGD(
-        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
-    )
+        return torch.optim.AdamW(parameters, **options)
+    return torch.optim.SGD(parameters, momentum=config.momentum, **options)
 
 
 def _is_compiled(task: FitTask, runtime: Runtime) -> bool:
@@ -243,10 +242,8 @@ def _is_compiled(task: FitTask, runtime: Runtime) -> bool:
     reason = devices.why_no_compile(runtime.device)
     if runtime.compile == "on" and reason is not None:
         raise DeviceError(reason)
-    if runtime.compile != "auto":
-        return runtime.compile == "on"
-    if reason is not None or runtime.device.type != "cuda":
-        return False
-    config = task.config
-    n_images = config.train.epochs * task.steps_per_epoch * task.images_per_step
-    return n_images * training_flops(config.unet, config.data.n_channels, *task.size) >= COMPILED_FLOPS
+    if runtime.compile == "auto" and runtime.device.type == "cuda" and reason is None:
+        config = task.config
+        n_images = config.train.epochs * task.steps_per_epoch * task.images_per_step
+        return n_images * training_flops(config.unet, config.data.n_channels, *task.size) >= COMPILED_FLOPS
+    return runtime.compile == "on"

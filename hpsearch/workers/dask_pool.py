@@ -14,7 +14,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from typing import Any
 from hpsearch.errors import WorkerError
 from hpsearch.paths import FitPaths
 from hpsearch.workers import attempts, jobs
-from hpsearch.workers.dask_connection import DaskConnection
+from hpsearch.workers.dask_connection import DaskConnection, Say
 from hpsearch.workers.dask_task import ENDED, STARTED, commands_of, run_worker
 from hpsearch.workers.dask_workers import share_memory
 from hpsearch.workers.jobs import ClusterWorker, Failed, FitJob, Job, WorkerSettings
-from hpsearch.workers.pool import Event, Worker, WorkerPool
+from hpsearch.workers.pool import Check, Event, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +67,7 @@ class DaskPool(WorkerPool):
     """
 
     def __init__(
-        self,
-        address: str,
-        probe: Path,
-        check: Callable[[], None],
-        say: Callable[[str], None],
-        *,
-        device: str,
-        limit: int,
-        timeout_s: float,
+        self, address: str, probe: Path, check: Check, say: Say, *, device: str, limit: int, timeout_s: float
     ) -> None:
         """Connect to the scheduler at `address`, and wait for the first Dask worker.
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from hpsearch.errors import DeviceError, HpsearchError, StorageError, StudyError, WorkerError
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, Job, Report, Stopped
-from hpsearch.workers.pool import Event, Worker, WorkerPool
+from hpsearch.workers.pool import Check, Event, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def run_job(
     job: Job,
     *,
     on_epoch: Callable[[EpochRow], bool] = lambda row: True,
-    check: Callable[[], None] = lambda: None,
+    check: Check = lambda: None,
 ) -> Finished | None:
     """Run one job and return its last report, or None if `on_epoch` stopped it.
 
@@ -77,9 +77,7 @@ def run_job(
     return report if isinstance(report, Finished) else None
 
 
-def run_jobs_together(
-    pool: WorkerPool, jobs: Sequence[Job], check: Callable[[], None] = lambda: None
-) -> list[Report]:
+def run_jobs_together(pool: WorkerPool, jobs: Sequence[Job], check: Check = lambda: None) -> list[Report]:
     """Run several jobs other than fits at the same time, each on its own worker, and return their last reports.
 
     No job starts until there is an idle worker for each of them. `check` and the death of a worker are handled as in
@@ -97,7 +95,7 @@ class _Jobs:
     pool: WorkerPool
     jobs: list[Job]
     """Jobs that wait for a worker."""
-    check: Callable[[], None]
+    check: Check
     on_epoch: Callable[[EpochRow], bool] = lambda row: True
     reports: list[Report] = field(default_factory=list)
     n_deaths: int = 0
@@ -116,8 +114,6 @@ class _Jobs:
 
     def on_event(self, event: Event) -> None:
         match event.report:
-            case Finished() | Stopped():
-                self.reports.append(event.report)
             case EpochEnded(row):
                 if row.epoch > self.n_epochs:
                     self.n_deaths, self.n_epochs = 0, row.epoch
@@ -132,7 +128,7 @@ class _Jobs:
                 else:
                     text = f"{self.n_deaths} workers died during {kind}: {text}"
                     self.reports.append(Failed(error="died", text=text))
-            case Failed(error=error) if error != "died":
+            case Finished() | Stopped() | Failed() if event.job is not None:
                 self.reports.append(event.report)
 
 

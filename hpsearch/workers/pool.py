@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -13,6 +13,9 @@ from hpsearch.workers.jobs import ClusterWorker, EpochEnded, Failed, FitJob, Job
 
 PAUSE_S = 30.0
 """If more than this many seconds pass between two polls, the coordinator was probably suspended in between."""
+
+Check = Callable[[], None]
+"""Function that is called repeatedly during a wait. It raises an exception to end the wait."""
 
 
 @dataclass(eq=False, kw_only=True)
