@@ -178,12 +178,9 @@ def _evaluate_epoch(progress: Progress, data: DeviceData, runtime: Runtime, loss
     scores = np.zeros(0, np.float32)
     held_out = None
     if len(task.held_out_indices) > 0:
+        batch_size = eval_batch_size(config.train.batch_size, task.size, runtime.device)
         batches = eval_batches(
-            data,
-            task.held_out_indices,
-            batch_size=eval_batch_size(config.train.batch_size, task.size, runtime.device),
-            normalization=task.normalization,
-            size=task.size,
+            data, task.held_out_indices, batch_size=batch_size, normalization=task.normalization, size=task.size
         )
         counts, mean_loss = evaluate(model, batches, runtime, loss)
         if not math.isfinite(mean_loss):

@@ -20,8 +20,7 @@ from typing import Any
 
 from hpsearch import subprocesses
 from hpsearch.errors import WorkerError
-from hpsearch.workers import jobs
-from hpsearch.workers.jobs import Failed, WorkerSettings
+from hpsearch.workers.jobs import Failed, Ready, WorkerSettings, from_message
 from hpsearch.workers.pool import Event, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -83,10 +82,10 @@ class LocalPool(WorkerPool):
 
     def _receive(self, worker: LocalWorker) -> Event:
         try:
-            report = jobs.from_message(json.loads(worker.connection.recv_bytes()))
+            report = from_message(json.loads(worker.connection.recv_bytes()))
         except (EOFError, OSError):
             return self._reap(worker)
-        if isinstance(report, jobs.Ready):
+        if isinstance(report, Ready):
             self._failed_starts = 0
         return self._note(worker, report)
 

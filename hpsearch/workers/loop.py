@@ -17,6 +17,9 @@ POLL_S = 0.25
 DEATHS_PER_JOB = 3
 """Number of workers that may die while running a job, without a new epoch in between, before the job fails."""
 
+GoesOn = Callable[[EpochRow], bool]
+"""Function that is called with the row of each epoch, and returns whether to continue the fit."""
+
 
 class Work(Protocol):
     """Source of jobs for the event loop: a study, or a list of jobs."""
@@ -56,11 +59,7 @@ def run(pool: WorkerPool, work: Work) -> None:
 
 
 def run_job(
-    pool: WorkerPool,
-    job: Job,
-    *,
-    on_epoch: Callable[[EpochRow], bool] = lambda row: True,
-    check: Check = lambda: None,
+    pool: WorkerPool, job: Job, *, on_epoch: GoesOn = lambda row: True, check: Check = lambda: None
 ) -> Finished | None:
     """Run one job and return its last report, or None if `on_epoch` stopped it.
 
@@ -96,7 +95,7 @@ class _Jobs:
     jobs: list[Job]
     """Jobs that wait for a worker."""
     check: Check
-    on_epoch: Callable[[EpochRow], bool] = lambda row: True
+    on_epoch: GoesOn = lambda row: True
     reports: list[Report] = field(default_factory=list)
     n_deaths: int = 0
     n_epochs: int = 0
