@@ -194,7 +194,7 @@ def _evaluate_epoch(progress: Progress, data: DeviceData, runtime: Runtime, loss
     elif not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         # Without held-out images, nothing else detects that the last step made weights NaN or infinite.
         raise DivergedError(epoch, math.nan)
-    progress.scores = np.vstack([progress.scores.reshape(len(progress.scores), len(scores)), scores])
+    progress.scores = np.vstack([*progress.scores, scores])
     return held_out
 
 

@@ -18,9 +18,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from hpsearch.errors import HpsearchError, OutOfMemoryError
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers import jobs, tasks
@@ -73,7 +70,7 @@ def main() -> None:
 def serve(settings: WorkerSettings, send: Callable[[Message], None], receive: Callable[[], Message]) -> None:
     """Report `Ready`, then run all jobs that are received. Ends only when `send` or `receive` raises an exception."""
 
-    def report_epoch(row: EpochRow, scores: npt.NDArray[np.float32]) -> Literal["go", "stop"]:
+    def report_epoch(row: EpochRow, _: object) -> Literal["go", "stop"]:
         send(to_message(jobs.EpochEnded(row)))
         return "go" if receive()["go"] else "stop"
 
