@@ -107,24 +107,16 @@ def training_memory(config: UNetConfig, in_channels: int, height: int, width: in
     moments = list(_backward(config, costs, step))
     saved, maps, gradients = max(([sum(part) for part in moment] for moment in moments), key=sum)
     if step.device == "cpu":
-        own, heap = (
-            max(
-                sum(size for size in itertools.chain(*moment) if (size >= _OWN_MEMORY) == is_own)
-                for moment in moments
-            )
-            + sum(size for size in batch if (size >= _OWN_MEMORY) == is_own)
-            for is_own in (True, False)
-        )
+        blocks = [[*batch, *itertools.chain(*moment)] for moment in moments]
+        own = max(sum(size for size in sizes if size >= _OWN_MEMORY) for sizes in blocks)
+        heap = max(sum(size for size in sizes if size < _OWN_MEMORY) for sizes in blocks)
         total = weights + state + own + round((1 + _GAPS[config.norm]) * heap)
     else:
         total = weights + state + sum(batch) + saved + maps + gradients
         total += round(_ALLOWANCE * total)
+    workspace = total - weights - gradients - state - saved
     return MemoryEstimate(
-        weights=weights,
-        gradients=gradients,
-        optimizer=state,
-        activations=saved,
-        workspace=total - weights - gradients - state - saved,
+        weights=weights, gradients=gradients, optimizer=state, activations=saved, workspace=workspace
     )
 
 

@@ -136,13 +136,11 @@ def training_memory(config: UNetConfig, in_channels: int, height: int, width: in
     # In float32 the images are among the saved tensors.
     images = 0 if step.precision == "float32" else 4 * step.batch_size * in_channels * height * width
     # The workspace consists of the images, masks and logits, and the gradients of one operation's input and output.
-    workspace = images + 3 * 4 * logits.numel() + 2 * max(sizes, default=0)
+    workspace, activations = images + 3 * 4 * logits.numel() + 2 * max(sizes, default=0), sum(sizes)
+    workspace += round(_ALLOWANCE * (workspace + activations))
+    state = weights * step.state_factor
     return MemoryEstimate(
-        weights=weights,
-        gradients=weights,
-        optimizer=weights * step.state_factor,
-        activations=sum(sizes),
-        workspace=workspace + round(_ALLOWANCE * (workspace + sum(sizes))),
+        weights=weights, gradients=weights, optimizer=state, activations=activations, workspace=workspace
     )
 
 

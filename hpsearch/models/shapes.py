@@ -112,12 +112,9 @@ def skip_offset(config: UNetConfig, stage: int) -> int:
     With `same` padding it is 0. With `valid` padding it is the width of the border that the convolutions of the
     stages below have removed. For even sizes this gives the centre crop of Ronneberger et al. (2015).
     """
-    if config.padding == "same":
-        return 0
-    margin = config.stacking * (config.kernel_size // 2)
-    lost = margin
+    lost = _border(config)
     for _ in range(config.depth - stage - 1):
-        lost = 2 * lost + 2 * margin
+        lost = 2 * lost + 2 * _border(config)
     return 2 * lost
 
 
@@ -126,9 +123,7 @@ def output_margin(config: UNetConfig) -> int:
 
     It is 92 for the network of Ronneberger et al. (2015).
     """
-    if config.padding == "same":
-        return 0
-    return skip_offset(config, 0) + 2 * config.stacking * (config.kernel_size // 2)
+    return skip_offset(config, 0) + 2 * _border(config)
 
 
 def output_size(config: UNetConfig, in_channels: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -156,6 +151,11 @@ def _first_impossible(
     found = list(_all_layers(config, in_channels, height, width))
     empty = [layer for layer in found if layer.is_empty]
     return next(iter(empty or [each for each in found if _n_per_statistic(config, each, batch_size) == 1]), None)
+
+
+def _border(config: UNetConfig) -> int:
+    """Return how many pixels a stacked convolution removes at each edge of its input."""
+    return 0 if config.padding == "same" else config.stacking * (config.kernel_size // 2)
 
 
 def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -> Iterator[Layer]:

@@ -82,9 +82,8 @@ class StackedConvolution(nn.Sequential):
     """Sequence of `stacking` convolution blocks: (B, in_channels, H, W) to (B, out_channels, H', W')."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int) -> None:
-        blocks = [ConvolutionBlock(config, in_channels, out_channels)]
-        blocks += [ConvolutionBlock(config, out_channels, out_channels) for _ in range(config.stacking - 1)]
-        super().__init__(*blocks)
+        inputs = [in_channels] + [out_channels] * (config.stacking - 1)
+        super().__init__(*(ConvolutionBlock(config, n_channels, out_channels) for n_channels in inputs))
 
 
 class ConvolutionBlock(nn.Module):
@@ -92,14 +91,10 @@ class ConvolutionBlock(nn.Module):
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels,
-            out_channels,
-            config.kernel_size,
-            padding=config.kernel_size // 2 if config.padding == "same" else 0,
-            # Batch and instance normalisation subtract the mean of each channel, which cancels any bias.
-            bias=config.norm not in ("batch", "instance"),
-        )
+        padding = config.kernel_size // 2 if config.padding == "same" else 0
+        # Batch and instance normalisation subtract the mean of each channel, which cancels any bias.
+        bias = config.norm not in ("batch", "instance")
+        self.conv = nn.Conv2d(in_channels, out_channels, config.kernel_size, padding=padding, bias=bias)
         self.norm = make_norm(config, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hpsearch.config import StudyConfig
 from hpsearch.config.data import DataConfig
@@ -25,7 +24,7 @@ from hpsearch.workers.jobs import CachePaths, ClusterWorker, Finished, MeasureJo
 from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.loop import run_job, run_jobs_together
 from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan, Forecast
-from hpsearch.workers.pool import TrackingPool, WorkerPool
+from hpsearch.workers.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ class MachineChoice:
 
     def open_pool(
         self, study: StudyPaths, record: StudyRecord | None, check: Check, say: Callable[[str], None]
-    ) -> TrackingPool[Any]:
+    ) -> WorkerPool:
         """Return the pool that runs the jobs of a study. The caller must hold the study's lock.
 
         `record` is None if the study is new. `check` is called repeatedly while the pool waits for a cluster, and

@@ -278,7 +278,7 @@ class Coordinator:
                 replicates.remove_unneeded_networks(self.record)
         for worker in self.pool.busy():
             if isinstance(worker.job, FitJob) and (worker.job.trial, worker.job.replicate) == evaluation.key:
-                self.pool.kill(worker)
+                worker.kill()
 
     def _write(self, evaluation: Evaluation, **changes: Any) -> None:
         """Change fields in the record of a trial or replicate, and write the record to the study folder."""
@@ -301,7 +301,7 @@ def _kill_hanging(coordinator: Coordinator) -> None:
             continue
         if silence_s > SILENCE_MIN_S and silence_s > SILENCE_FACTOR * evaluation.epoch_s(job, coordinator.plan):
             logger.warning("%s: no epoch for %.0f s", job.name, silence_s)
-            coordinator.pool.kill(worker)
+            worker.kill()
 
 
 def _stop_trial(coordinator: Coordinator, evaluation: Evaluation) -> None:

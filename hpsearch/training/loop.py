@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -178,12 +178,9 @@ def _evaluate_epoch(progress: Progress, data: DeviceData, runtime: Runtime, loss
     scores = np.zeros(0, np.float32)
     held_out = None
     if len(task.held_out_indices) > 0:
+        batch_size = eval_batch_size(config.train.batch_size, task.size, runtime.device)
         batches = eval_batches(
-            data,
-            task.held_out_indices,
-            batch_size=eval_batch_size(config.train.batch_size, task.size, runtime.device),
-            normalization=task.normalization,
-            size=task.size,
+            data, task.held_out_indices, batch_size=batch_size, normalization=task.normalization, size=task.size
         )
         counts, mean_loss = evaluate(model, batches, runtime, loss)
         if not math.isfinite(mean_loss):
@@ -197,7 +194,7 @@ def _evaluate_epoch(progress: Progress, data: DeviceData, runtime: Runtime, loss
     elif not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         # Without held-out images, nothing else detects that the last step made weights NaN or infinite.
         raise DivergedError(epoch, math.nan)
-    progress.scores = np.vstack([progress.scores.reshape(len(progress.scores), len(scores)), scores])
+    progress.scores = np.vstack([*progress.scores, scores])
     return held_out
 
 
@@ -226,11 +223,10 @@ def make_optimizer(
     step without waiting for the device.
     """
     fused = device.type in ("cpu", "cuda")
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-    return torch.optim.SGD(
-        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
-    )
+        return torch.optim.AdamW(parameters, **options)
+    return torch.optim.SGD(parameters, momentum=config.momentum, **options)
 
 
 def _is_compiled(task: FitTask, runtime: Runtime) -> bool:
@@ -243,10 +239,8 @@ def _is_compiled(task: FitTask, runtime: Runtime) -> bool:
     reason = devices.why_no_compile(runtime.device)
     if runtime.compile == "on" and reason is not None:
         raise DeviceError(reason)
-    if runtime.compile != "auto":
-        return runtime.compile == "on"
-    if reason is not None or runtime.device.type != "cuda":
-        return False
-    config = task.config
-    n_images = config.train.epochs * task.steps_per_epoch * task.images_per_step
-    return n_images * training_flops(config.unet, config.data.n_channels, *task.size) >= COMPILED_FLOPS
+    if runtime.compile == "auto" and runtime.device.type == "cuda" and reason is None:
+        config = task.config
+        n_images = config.train.epochs * task.steps_per_epoch * task.images_per_step
+        return n_images * training_flops(config.unet, config.data.n_channels, *task.size) >= COMPILED_FLOPS
+    return runtime.compile == "on"

@@ -80,7 +80,6 @@ def resume_(progress: Progress, paths: FitPaths, task_digest: str) -> None:
     if state is not None:
         progress.restore_(state)
         logger.info("%s: resumed after epoch %d", paths.root, len(progress.rows))
-    if progress.rows:
         checkpoint.save_array(paths.scores, progress.scores)
     if progress.rows or paths.epochs.exists():
         write_text(paths.epochs, "".join(to_line(row) + "\n" for row in progress.rows))

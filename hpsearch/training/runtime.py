@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -90,9 +90,8 @@ def make_runtime(
     """
     if threads is not None and threads < 1:
         raise DeviceError(f"threads must be at least 1, got {threads}")
-    chosen = choose_device(device)
-    precision = choose_precision(chosen, amp)
-    return Runtime(device=chosen, precision=precision, compile=compile, threads=threads or available_cores())
+    chosen, threads = choose_device(device), threads or available_cores()
+    return Runtime(device=chosen, precision=choose_precision(chosen, amp), compile=compile, threads=threads)
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -104,13 +103,12 @@ def choose_device(name: str = "auto") -> torch.device:
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if n_gpus else "mps" if has_mps else "cpu"
-    if name == "cpu" or (name == "mps" and has_mps):
-        return torch.device(name)
-    if name == "mps":
+    if name == "mps" and not has_mps:
         raise DeviceError("there is no MPS device: it needs macOS 14 on an Apple chip; use --device auto")
+    if name in ("cpu", "mps"):
+        return torch.device(name)
     if name == "xla":
-        device: torch.device = _torch_xla().device()
-        return device
+        return cast("torch.device", _torch_xla().device())
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
     if match is None:
         raise DeviceError(f"unknown device {name!r}: it is auto, cpu, cuda, cuda:N, mps or xla")
@@ -150,27 +148,26 @@ def cpu_computes_bf16() -> bool:
 
 def describe(runtime: Runtime) -> dict[str, str]:
     """Return a description of the device, the processor and the versions, to be stored with the results."""
-    device, versions = runtime.device, {}
-    name = _cpu_info("model name") or platform.processor() or platform.machine()
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-        versions = {"cuda": str(torch.version.cuda), "cudnn": str(cudnn)}
-    elif device.type == "xla":
-        name = str(_torch_xla().device())
-        versions = {"torch_xla": str(_torch_xla().__version__)}
-    return {
+    device = runtime.device
+    description = {
         "device": str(device),
-        "device_name": name,
+        "device_name": _cpu_info("model name") or platform.processor() or platform.machine(),
         "precision": runtime.precision,
         "threads": str(runtime.threads),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
-        **versions,
     }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        description["device_name"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        description["cuda"] = str(torch.version.cuda)
+        description["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+    elif device.type == "xla":
+        description["device_name"] = str(_torch_xla().device())
+        description["torch_xla"] = str(_torch_xla().__version__)
+    return description
 
 
 def _cpu_info(key: str) -> str:

@@ -31,19 +31,18 @@ def begin(fit: FitPaths) -> str:
 def writing(fit: FitPaths, attempt: str) -> Iterator[None]:
     """During the block, refuse writes to a fit's folder if another attempt has been registered since.
 
-    Does nothing if `attempt` is empty. A refused write raises WorkerError.
+    No write is refused if `attempt` is empty. A refused write raises WorkerError.
     """
 
     def check(path: Path) -> None:
-        if path.parent != fit.root:
+        if path.parent != fit.root or not attempt:
             return
         accepted = fit.attempt.read_text(encoding="utf-8") if fit.attempt.exists() else ""
         if accepted != attempt:
             raise WorkerError(f"{path} is not written: another worker has taken over this fit")
 
-    token = CHECK_WRITE.set(check) if attempt else None
+    token = CHECK_WRITE.set(check)
     try:
         yield
     finally:
-        if token is not None:
-            CHECK_WRITE.reset(token)
+        CHECK_WRITE.reset(token)

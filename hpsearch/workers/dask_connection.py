@@ -16,6 +16,7 @@ from distributed.utils import LoopRunner
 from hpsearch.errors import WorkerError
 from hpsearch.workers.dask_workers import SILENT, connect, examine
 from hpsearch.workers.jobs import ClusterWorker
+from hpsearch.workers.pool import Check
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +26,14 @@ SCHEDULER_S = 10.0
 """Time in seconds in which the scheduler must answer a request. Without a limit, Ctrl-C would have no effect."""
 FOLLOW_S = 1.0
 """Time in seconds between two requests for the list of Dask workers."""
+Say = Callable[[str], None]
+"""Function that is called with each line for the user."""
 
 
 class DaskConnection:
     """Connection to a Dask cluster, and its Dask workers. `follow` updates them, from the caller's thread."""
 
-    def __init__(self, address: str, probe: Path, device: str, timeout_s: float, say: Callable[[str], None]) -> None:
+    def __init__(self, address: str, probe: Path, device: str, timeout_s: float, say: Say) -> None:
         """Prepare the connection; `follow` connects. The arguments are those of `DaskPool`."""
         self._address, self._timeout_s = address, timeout_s
         self._probe, self._device, self._say = probe.absolute(), device, say
@@ -56,7 +59,7 @@ class DaskConnection:
         """Whether the scheduler is connected."""
         return self.client is not None and self.client.status == "running"
 
-    def first_workers(self, check: Callable[[], None]) -> list[ClusterWorker]:
+    def first_workers(self, check: Check) -> list[ClusterWorker]:
         """Wait until Dask workers are connected and examined, and return them.
 
         `check` is called repeatedly. Raises WorkerError if one of them cannot be used.

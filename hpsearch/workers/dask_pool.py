@@ -14,7 +14,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from typing import Any
 from hpsearch.errors import WorkerError
 from hpsearch.paths import FitPaths
 from hpsearch.workers import attempts, jobs
-from hpsearch.workers.dask_connection import DaskConnection
+from hpsearch.workers.dask_connection import DaskConnection, Say
 from hpsearch.workers.dask_task import ENDED, STARTED, commands_of, run_worker
 from hpsearch.workers.dask_workers import share_memory
 from hpsearch.workers.jobs import ClusterWorker, Failed, FitJob, Job, WorkerSettings
-from hpsearch.workers.pool import Event, TrackingPool, Worker
+from hpsearch.workers.pool import Check, Event, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ END_S = 10.0
 class DaskWorker(Worker):
     """A task on a Dask worker, and its current job."""
 
+    dask: DaskConnection
     address: str
     topic: str
     """Name of the task and of the topic of its messages."""
@@ -47,23 +48,26 @@ class DaskWorker(Worker):
     has_ended: threading.Event = field(default_factory=threading.Event)
     was_killed: bool = False
 
+    def send(self, message: Mapping[str, Any]) -> None:
+        # Without a connection, Dask cancels the task, and `events` reports it.
+        if self.dask.is_open:
+            with contextlib.suppress(OSError):
+                log_event = self.dask.client.scheduler.log_event
+                self.dask.ask(log_event, topic=commands_of(self.topic), msg=json.dumps(message))
 
-class DaskPool(TrackingPool[DaskWorker]):
+    def kill(self) -> None:
+        _end(self.dask, [self])
+        self.was_killed = True
+
+
+class DaskPool(WorkerPool):
     """Pool of workers on a Dask cluster.
 
     Dask workers that join after `resize` add workers, and Dask workers that leave remove theirs.
     """
 
     def __init__(
-        self,
-        address: str,
-        probe: Path,
-        check: Callable[[], None],
-        say: Callable[[str], None],
-        *,
-        device: str,
-        limit: int,
-        timeout_s: float,
+        self, address: str, probe: Path, check: Check, say: Say, *, device: str, limit: int, timeout_s: float
     ) -> None:
         """Connect to the scheduler at `address`, and wait for the first Dask worker.
 
@@ -74,6 +78,7 @@ class DaskPool(TrackingPool[DaskWorker]):
         `timeout_s` seconds, now or later.
         """
         super().__init__()
+        self._workers: list[DaskWorker] = []
         self._dask = DaskConnection(address, probe, device, timeout_s, say)
         self._limit, self._timeout_s = limit or math.inf, timeout_s
         self._settings: list[WorkerSettings] = []
@@ -98,25 +103,15 @@ class DaskPool(TrackingPool[DaskWorker]):
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
         self._settings, self._size, self._known = list(settings), len(settings), set(self.machines)
         kept = [each for each in self._workers if [each.settings] == self._settings[each.index : each.index + 1]]
-        self._end([worker for worker in self._workers if worker not in kept])
+        _end(self._dask, [worker for worker in self._workers if worker not in kept])
         self._workers = kept
         self._fill()
         self._update_machines()
 
     def submit(self, worker: Worker, job: Job) -> None:
-        ours = self._own(worker)
-        ours.job = job
         if isinstance(job, FitJob):
             job = dataclasses.replace(job, attempt=attempts.begin(FitPaths(job.folder)))
-        self._send(ours, jobs.to_message(job))
-
-    def reply(self, worker: Worker, *, go: bool) -> None:
-        self._send(self._own(worker), {"go": go})
-
-    def kill(self, worker: Worker) -> None:
-        ours = self._own(worker)
-        self._end([ours])
-        ours.was_killed = True
+        super().submit(worker, job)
 
     def events(self, timeout_s: float) -> Iterator[Event]:
         self._forgive_pause()
@@ -136,23 +131,15 @@ class DaskPool(TrackingPool[DaskWorker]):
         for worker in list(self._workers):
             if cause := self._why_lost(worker):
                 if not worker.was_killed:
-                    self._end([worker])
+                    _end(self._dask, [worker])
                 self._workers.remove(worker)
                 yield Event(worker, worker.job, Failed(error="died", text=f"{worker.name} {cause}"))
         self._fill()
 
     def close(self) -> None:
-        self._end(self._workers)
+        _end(self._dask, self._workers)
         self._workers, self._settings = [], []
         self._dask.close()
-
-    def _send(self, worker: DaskWorker, message: Mapping[str, Any]) -> None:
-        worker.last_report_at = time.monotonic()
-        # Without a connection, Dask cancels the task, and `events` reports it.
-        if self._dask.is_open:
-            with contextlib.suppress(OSError):
-                log_event = self._dask.client.scheduler.log_event
-                self._dask.ask(log_event, topic=commands_of(worker.topic), msg=json.dumps(message))
 
     def _update_machines(self) -> None:
         """Update `machines`, and share the memory of each GPU or host between its Dask workers."""
@@ -191,7 +178,9 @@ class DaskPool(TrackingPool[DaskWorker]):
     def _start(self, index: int, address: str) -> DaskWorker:
         settings = self._settings[min(index, len(self._settings) - 1)]
         machine, topic = self.machines[address], f"hpsearch-{index}-{secrets.token_hex(4)}"
-        worker = DaskWorker(index=index, settings=settings, address=address, topic=topic, machine=machine)
+        worker = DaskWorker(
+            index=index, settings=settings, dask=self._dask, address=address, topic=topic, machine=machine
+        )
 
         def on_message(event: tuple[float, str]) -> None:
             if event[1] == STARTED:
@@ -225,27 +214,23 @@ class DaskPool(TrackingPool[DaskWorker]):
             raise WorkerError(text)
         return f"cannot be started: {text}"
 
-    def _end(self, workers: Sequence[DaskWorker]) -> None:
-        """Cancel the tasks of workers and wait until their processes have ended, so that they can no longer write.
 
-        Restart a Dask worker whose task does not end in time. Without a connection, Dask itself cancels the tasks.
-        """
-        if not workers or not self._dask.is_open:
-            return
-        with contextlib.suppress(OSError):
-            self._dask.client.cancel([worker.future for worker in workers])
-            alive = [worker for worker in workers if worker.n_starts and worker.address in self._dask.present]
-            deadline = time.monotonic() + END_S
-            stuck = [w for w in alive if not w.has_ended.wait(max(0.0, deadline - time.monotonic()))]
-            if stuck:
-                names = ", ".join(worker.name for worker in stuck)
-                logger.warning("restarting Dask workers that do not end their tasks: %s", names)
-                # `Client.restart_workers` refuses Dask workers without a nanny. The scheduler removes them.
-                how = {
-                    "timeout": END_S / 2,
-                    "wait_for_workers": False,
-                    "on_error": "return",
-                    "stimulus_id": "hpsearch",
-                }
-                addresses = [worker.address for worker in stuck]
-                self._dask.ask(self._dask.client.scheduler.restart_workers, workers=addresses, **how)
+def _end(dask: DaskConnection, workers: Sequence[DaskWorker]) -> None:
+    """Cancel the tasks of workers and wait until their processes have ended, so that they can no longer write.
+
+    Restart a Dask worker whose task does not end in time. Without a connection, Dask itself cancels the tasks.
+    """
+    if not workers or not dask.is_open:
+        return
+    with contextlib.suppress(OSError):
+        dask.client.cancel([worker.future for worker in workers])
+        alive = [worker for worker in workers if worker.n_starts and worker.address in dask.present]
+        deadline = time.monotonic() + END_S
+        stuck = [w for w in alive if not w.has_ended.wait(max(0.0, deadline - time.monotonic()))]
+        if stuck:
+            names = ", ".join(worker.name for worker in stuck)
+            logger.warning("restarting Dask workers that do not end their tasks: %s", names)
+            # `Client.restart_workers` refuses Dask workers without a nanny. The scheduler removes them.
+            how = {"timeout": END_S / 2, "wait_for_workers": False, "on_error": "return", "stimulus_id": "hpsearch"}
+            addresses = [worker.address for worker in stuck]
+            dask.ask(dask.client.scheduler.restart_workers, workers=addresses, **how)

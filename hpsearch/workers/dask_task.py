@@ -19,8 +19,7 @@ from distributed import Client, Status, Worker, get_worker
 
 from hpsearch import subprocesses
 from hpsearch.errors import WorkerError
-from hpsearch.workers import jobs
-from hpsearch.workers.jobs import WorkerSettings
+from hpsearch.workers.jobs import WorkerSettings, from_message, to_message
 from hpsearch.workers.local_pool import LocalPool
 
 POLL_S = 0.25
@@ -73,7 +72,7 @@ def run_worker(name: str, settings: dict[str, Any]) -> None:
                         pool.reply(worker, go=command["go"])
                 elif command:
                     for worker in pool.idle():
-                        pool.submit(worker, jobs.from_message(command))
+                        pool.submit(worker, from_message(command))
                 is_connected.set()
 
             client.subscribe_topic(commands_of(name), on_command)
@@ -84,7 +83,7 @@ def run_worker(name: str, settings: dict[str, Any]) -> None:
             pool.resize([WorkerSettings(**settings)])
             while _is_wanted(dask_worker, key):
                 for event in pool.events(POLL_S):
-                    dask_worker.log_event(name, json.dumps(jobs.to_message(event.report)))
+                    dask_worker.log_event(name, json.dumps(to_message(event.report)))
     finally:
         dask_worker.log_event(name, ENDED)
 

@@ -20,9 +20,8 @@ from typing import Any
 
 from hpsearch import subprocesses
 from hpsearch.errors import WorkerError
-from hpsearch.workers import jobs
-from hpsearch.workers.jobs import Failed, Job, WorkerSettings
-from hpsearch.workers.pool import Event, TrackingPool, Worker
+from hpsearch.workers.jobs import Failed, Ready, WorkerSettings, from_message
+from hpsearch.workers.pool import Event, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +38,24 @@ class LocalWorker(Worker):
     connection: Connection
     log: Path
 
+    def send(self, message: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(json.dumps(message).encode())
 
-class LocalPool(TrackingPool[LocalWorker]):
+    def kill(self) -> None:
+        self.process.kill()
+        # Wait until the process can no longer write. If the system cannot end it in time, it stays in the pool until
+        # its socket closes, which `events` notices.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+
+
+class LocalPool(WorkerPool):
     """Pool of worker processes on this machine."""
 
     def __init__(self, log_folder: Path) -> None:
         super().__init__()
+        self._workers: list[LocalWorker] = []
         self._log_folder = log_folder
         self._failed_starts = 0
 
@@ -53,22 +64,6 @@ class LocalPool(TrackingPool[LocalWorker]):
         kept = {worker.index: worker for worker in self._workers if worker.settings == wanted.get(worker.index)}
         _end([worker for worker in self._workers if worker.index not in kept])
         self._workers = [kept.get(index) or self._start(index, each) for index, each in wanted.items()]
-
-    def submit(self, worker: Worker, job: Job) -> None:
-        ours = self._own(worker)
-        ours.job = job
-        self._send(ours, jobs.to_message(job))
-
-    def reply(self, worker: Worker, *, go: bool) -> None:
-        self._send(self._own(worker), {"go": go})
-
-    def kill(self, worker: Worker) -> None:
-        process = self._own(worker).process
-        process.kill()
-        # Wait until the process can no longer write. If the system cannot end it in time, it stays in the pool until
-        # its socket closes, which `events` notices.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
 
     def events(self, timeout_s: float) -> Iterator[Event]:
         by_connection = {worker.connection: worker for worker in self._workers}
@@ -79,24 +74,18 @@ class LocalPool(TrackingPool[LocalWorker]):
             if connection in ready:
                 yield self._receive(worker)
             elif not worker.is_ready and time.monotonic() - worker.last_report_at > START_TIMEOUT_S:
-                self.kill(worker)
+                worker.kill()
 
     def close(self) -> None:
         _end(self._workers)
         self._workers = []
 
-    def _send(self, worker: LocalWorker, message: Mapping[str, Any]) -> None:
-        worker.last_report_at = time.monotonic()
-        # Ignore a worker that has just died: `events` reports it.
-        with contextlib.suppress(OSError):
-            worker.connection.send_bytes(json.dumps(message).encode())
-
     def _receive(self, worker: LocalWorker) -> Event:
         try:
-            report = jobs.from_message(json.loads(worker.connection.recv_bytes()))
+            report = from_message(json.loads(worker.connection.recv_bytes()))
         except (EOFError, OSError):
             return self._reap(worker)
-        if isinstance(report, jobs.Ready):
+        if isinstance(report, Ready):
             self._failed_starts = 0
         return self._note(worker, report)
 

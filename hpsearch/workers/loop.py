@@ -9,13 +9,16 @@ from typing import Protocol
 from hpsearch.errors import DeviceError, HpsearchError, StorageError, StudyError, WorkerError
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, Job, Report, Stopped
-from hpsearch.workers.pool import Event, Worker, WorkerPool
+from hpsearch.workers.pool import Check, Event, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
 DEATHS_PER_JOB = 3
 """Number of workers that may die while running a job, without a new epoch in between, before the job fails."""
+
+GoesOn = Callable[[EpochRow], bool]
+"""Function that is called with the row of each epoch, and returns whether to continue the fit."""
 
 
 class Work(Protocol):
@@ -56,11 +59,7 @@ def run(pool: WorkerPool, work: Work) -> None:
 
 
 def run_job(
-    pool: WorkerPool,
-    job: Job,
-    *,
-    on_epoch: Callable[[EpochRow], bool] = lambda row: True,
-    check: Callable[[], None] = lambda: None,
+    pool: WorkerPool, job: Job, *, on_epoch: GoesOn = lambda row: True, check: Check = lambda: None
 ) -> Finished | None:
     """Run one job and return its last report, or None if `on_epoch` stopped it.
 
@@ -77,9 +76,7 @@ def run_job(
     return report if isinstance(report, Finished) else None
 
 
-def run_jobs_together(
-    pool: WorkerPool, jobs: Sequence[Job], check: Callable[[], None] = lambda: None
-) -> list[Report]:
+def run_jobs_together(pool: WorkerPool, jobs: Sequence[Job], check: Check = lambda: None) -> list[Report]:
     """Run several jobs other than fits at the same time, each on its own worker, and return their last reports.
 
     No job starts until there is an idle worker for each of them. `check` and the death of a worker are handled as in
@@ -97,8 +94,8 @@ class _Jobs:
     pool: WorkerPool
     jobs: list[Job]
     """Jobs that wait for a worker."""
-    check: Callable[[], None]
-    on_epoch: Callable[[EpochRow], bool] = lambda row: True
+    check: Check
+    on_epoch: GoesOn = lambda row: True
     reports: list[Report] = field(default_factory=list)
     n_deaths: int = 0
     n_epochs: int = 0
@@ -116,8 +113,6 @@ class _Jobs:
 
     def on_event(self, event: Event) -> None:
         match event.report:
-            case Finished() | Stopped():
-                self.reports.append(event.report)
             case EpochEnded(row):
                 if row.epoch > self.n_epochs:
                     self.n_deaths, self.n_epochs = 0, row.epoch
@@ -132,7 +127,7 @@ class _Jobs:
                 else:
                     text = f"{self.n_deaths} workers died during {kind}: {text}"
                     self.reports.append(Failed(error="died", text=text))
-            case Failed(error=error) if error != "died":
+            case Finished() | Stopped() | Failed() if event.job is not None:
                 self.reports.append(event.report)
 
 

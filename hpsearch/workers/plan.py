@@ -7,6 +7,7 @@ thread counts and precision affect the bytes of the results. Does not import tor
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -160,10 +161,8 @@ def sample_space(config: StudyConfig, n: int = 64) -> list[StudyConfig]:
     generator = np.random.default_rng(0)
     found = []
     for _ in range(n if config.search else 1):
-        try:
+        with suppress(ConfigError):
             found.append(config.with_params({name: _draw(dim, generator) for name, dim in config.search.items()}))
-        except ConfigError:
-            continue
     return found
 
 

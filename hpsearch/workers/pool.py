@@ -1,11 +1,12 @@
-"""WorkerPool protocol: give jobs to workers and receive their reports."""
+"""Base classes of the worker pools: give jobs to workers and receive their reports."""
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Self
 
 from hpsearch.workers import jobs
 from hpsearch.workers.jobs import ClusterWorker, EpochEnded, Failed, FitJob, Job, Ready, Report, WorkerSettings
@@ -13,9 +14,12 @@ from hpsearch.workers.jobs import ClusterWorker, EpochEnded, Failed, FitJob, Job
 PAUSE_S = 30.0
 """If more than this many seconds pass between two polls, the coordinator was probably suspended in between."""
 
+Check = Callable[[], None]
+"""Function that is called repeatedly during a wait. It raises an exception to end the wait."""
+
 
 @dataclass(eq=False, kw_only=True)
-class Worker:
+class Worker(ABC):
     """A worker of a pool and its current job."""
 
     index: int
@@ -38,6 +42,14 @@ class Worker:
         """Capacity of a Dask worker; None if the worker can train all configurations that the plan allows."""
         return None if self.machine is None else self.machine.capacity
 
+    @abstractmethod
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message to the worker. A worker that has died is ignored, because `WorkerPool.events` reports it."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """Kill the worker at once. `WorkerPool.events` reports that it died and starts another one in its place."""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -48,68 +60,20 @@ class Event:
     report: Report
 
 
-class WorkerPool(Protocol):
-    """Pool of workers that run jobs.
+class WorkerPool(ABC):
+    """Pool of workers that run jobs. It keeps track of the workers, their jobs and the duration of their epochs.
 
-    `LocalPool` runs them as processes on this machine, and `DaskPool` on the machines of a cluster.
+    `LocalPool` runs them as processes on this machine, and `DaskPool` on the machines of a cluster. A pool is
+    initially empty. Use it as a context manager, which ends all workers on exit.
     """
-
-    def __len__(self) -> int: ...
 
     machines: Mapping[str, ClusterWorker]
     """Dask workers by address, including those that were lost a short time ago; empty if the workers run on this
     machine."""
-
-    def resize(self, settings: Sequence[WorkerSettings]) -> None:
-        """Start and end workers so that there is one for each of `settings`, in this order.
-
-        A worker that already has the settings of its position is kept.
-        """
-
-    def set_device(self, device: str) -> None:
-        """Record the device that workers with the device setting `auto` have chosen."""
-
-    def idle(self) -> list[Worker]:
-        """Return the workers that are ready and have no job, ordered by index."""
-
-    def busy(self) -> list[Worker]:
-        """Return the workers that have a job, ordered by index."""
-
-    def submit(self, worker: Worker, job: Job) -> None:
-        """Give a job to an idle worker. `events` yields its reports."""
-
-    def reply(self, worker: Worker, *, go: bool) -> None:
-        """Reply to an `EpochEnded`: train the next epoch if `go` is true, otherwise stop the fit."""
-
-    def kill(self, worker: Worker) -> None:
-        """Kill a worker at once. `events` reports that it died and starts another one in its place."""
-
-    def events(self, timeout_s: float) -> Iterator[Event]:
-        """Yield the events that workers report within the timeout. Workers that died are replaced.
-
-        Raises WorkerError if workers cannot be started.
-        """
-
-    def epoch_left_s(self) -> float | None:
-        """Return the expected seconds until all running epochs end; NaN if unknown, None if no fit is running."""
-
-    def close(self) -> None:
-        """End all workers."""
-
-
-W = TypeVar("W", bound=Worker)
-
-
-class TrackingPool(WorkerPool, Generic[W]):
-    """Base class of the pools: keeps track of the workers, their jobs and the duration of their epochs.
-
-    A pool is initially empty. Use it as a context manager, which ends all workers on exit. The methods are documented
-    in `WorkerPool`.
-    """
+    _workers: Sequence[Worker]
 
     def __init__(self) -> None:
-        self.machines: Mapping[str, ClusterWorker] = {}
-        self._workers: list[W] = []
+        self.machines = {}
         self._polled_at = time.monotonic()
         self._epoch_s: dict[int, float] = {}
         """Maps each trial to the duration in seconds of its latest epoch, in any fold."""
@@ -123,17 +87,48 @@ class TrackingPool(WorkerPool, Generic[W]):
     def __len__(self) -> int:
         return len(self._workers)
 
+    @abstractmethod
+    def resize(self, settings: Sequence[WorkerSettings]) -> None:
+        """Start and end workers so that there is one for each of `settings`, in this order.
+
+        A worker that already has the settings of its position is kept.
+        """
+
+    @abstractmethod
+    def events(self, timeout_s: float) -> Iterator[Event]:
+        """Yield the events that workers report within the timeout. Workers that died are replaced.
+
+        Raises WorkerError if workers cannot be started.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all workers."""
+
     def set_device(self, device: str) -> None:
+        """Record the device that workers with the device setting `auto` have chosen."""
         for worker in self._workers:
             worker.settings = dataclasses.replace(worker.settings, device=device)
 
     def idle(self) -> list[Worker]:
+        """Return the workers that are ready and have no job, ordered by index."""
         return [worker for worker in self._workers if worker.is_ready and worker.job is None]
 
     def busy(self) -> list[Worker]:
+        """Return the workers that have a job, ordered by index."""
         return [worker for worker in self._workers if worker.job is not None]
 
+    def submit(self, worker: Worker, job: Job) -> None:
+        """Give a job to an idle worker. `events` yields its reports."""
+        worker.job = job
+        self._send(worker, jobs.to_message(job))
+
+    def reply(self, worker: Worker, *, go: bool) -> None:
+        """Reply to an `EpochEnded`: train the next epoch if `go` is true, otherwise stop the fit."""
+        self._send(worker, {"go": go})
+
     def epoch_left_s(self) -> float | None:
+        """Return the expected seconds until all running epochs end; NaN if unknown, None if no fit is running."""
         now = time.monotonic()
         left = [
             # For a trial without an earlier epoch the result is NaN: `max` returns its first argument if it is NaN.
@@ -143,8 +138,9 @@ class TrackingPool(WorkerPool, Generic[W]):
         ]
         return math.nan if any(map(math.isnan, left)) else max(left, default=None)
 
-    def _own(self, worker: Worker) -> W:
-        return next(each for each in self._workers if each is worker)
+    def _send(self, worker: Worker, message: Mapping[str, Any]) -> None:
+        worker.last_report_at = time.monotonic()
+        worker.send(message)
 
     def _forgive_pause(self) -> None:
         """Do not count time during which the coordinator itself was suspended (SIGSTOP) as silence of the workers."""
@@ -152,7 +148,7 @@ class TrackingPool(WorkerPool, Generic[W]):
             for worker in self._workers:
                 worker.last_report_at += pause_s
 
-    def _note(self, worker: W, report: Report) -> Event:
+    def _note(self, worker: Worker, report: Report) -> Event:
         """Update a worker after its report, and return the event."""
         job = worker.job
         worker.last_report_at = time.monotonic()

@@ -18,9 +18,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from hpsearch.errors import HpsearchError, OutOfMemoryError
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers import jobs, tasks
@@ -28,8 +25,6 @@ from hpsearch.workers.jobs import Failed, Finished, Job, Report, Stopped, Worker
 from hpsearch.workers.tasks import WorkerContext
 
 Message = dict[str, Any]
-Send = Callable[[Message], None]
-Receive = Callable[[], Message]
 _TASKS: dict[type[Job], Callable[[Any, WorkerContext], Finished | Stopped | None]] = {
     jobs.FitJob: tasks.run_fit,
     jobs.MeasureJob: tasks.measure,
@@ -52,7 +47,15 @@ def main() -> None:
         # socket has closed.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    messages = _messages(connection)
+    messages: queue.Queue[Message] = queue.Queue()
+
+    def read() -> None:
+        while True:
+            try:
+                messages.put(json.loads(connection.recv_bytes()))
+            except (EOFError, OSError):
+                # It is safe to exit: everything up to the last epoch is on disk.
+                os._exit(0)
 
     def send(message: Message) -> None:
         try:
@@ -60,13 +63,14 @@ def main() -> None:
         except OSError:
             os._exit(0)
 
+    threading.Thread(target=read, daemon=True).start()
     serve(settings, send, messages.get)
 
 
-def serve(settings: WorkerSettings, send: Send, receive: Receive) -> None:
+def serve(settings: WorkerSettings, send: Callable[[Message], None], receive: Callable[[], Message]) -> None:
     """Report `Ready`, then run all jobs that are received. Ends only when `send` or `receive` raises an exception."""
 
-    def report_epoch(row: EpochRow, scores: npt.NDArray[np.float32]) -> Literal["go", "stop"]:
+    def report_epoch(row: EpochRow, _: object) -> Literal["go", "stop"]:
         send(to_message(jobs.EpochEnded(row)))
         return "go" if receive()["go"] else "stop"
 
@@ -86,22 +90,6 @@ def _run(job: Job, context: WorkerContext) -> Report:
         return Failed(error=type(error).__name__, text=str(error))
     except Exception as error:
         return Failed(text=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-
-
-def _messages(connection: Connection) -> queue.Queue[Message]:
-    """Return a queue of the coordinator's messages. A thread fills it and ends the process when the socket closes."""
-    messages: queue.Queue[Message] = queue.Queue()
-
-    def read() -> None:
-        while True:
-            try:
-                messages.put(json.loads(connection.recv_bytes()))
-            except (EOFError, OSError):
-                # It is safe to exit: everything up to the last epoch is on disk.
-                os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    return messages
 
 
 if __name__ == "__main__":

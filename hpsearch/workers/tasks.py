@@ -71,14 +71,11 @@ def run_fit(job: FitJob, context: WorkerContext) -> Finished | Stopped:
     """Run a fit, from its checkpoint if there is one."""
     config, folder = job.config, FitPaths(job.folder)
     folder.root.mkdir(parents=True, exist_ok=True)
-    train = np.asarray(job.train, np.int64)
+    train, held_out = (np.asarray(indices, np.int64) for indices in (job.train, job.held_out))
     data, runtime = context.images(job.caches), context.runtime(config)
+    normalization = data.cache.normalization(train, config.data.color)
     task = FitTask(
-        config=config,
-        train_indices=train,
-        held_out_indices=np.asarray(job.held_out, np.int64),
-        normalization=data.cache.normalization(train, config.data.color),
-        seed=job.seed,
+        config=config, train_indices=train, held_out_indices=held_out, normalization=normalization, seed=job.seed
     )
     # Only the first fit of each fold keeps the weights of its best epoch.
     options: dict[str, Any] = {"paths": folder, "keep_best": job.replicate == 0, "on_epoch": context.on_epoch}
@@ -124,11 +121,9 @@ def measure(job: MeasureJob, context: WorkerContext) -> Finished:
     steps = []
     for step in job.steps:
         try:
-            train_s, eval_s = _measure_step(step, job, context)
+            steps.append(jobs.MeasuredStep(image_flops(step.config), *_measure_step(step, job, context)))
         except OutOfMemoryError as error:
             logger.info("not measured: %s", error)
-            continue
-        steps.append(jobs.MeasuredStep(image_flops(step.config), train_s, eval_s))
     is_cuda = runtime.device.type == "cuda"
     found = jobs.Measurement(
         device=runtime.device.type,
@@ -175,13 +170,8 @@ def _time_batch(
         changes["unet.norm"] = "group"
     config = step.config.with_params({**changes, "train.compile": "off"})
     images, n_channels = np.arange(n_images, dtype=np.int64), config.data.n_channels
-    task = FitTask(
-        config=config,
-        train_indices=images,
-        held_out_indices=images,
-        normalization=Normalization((0.5,) * n_channels, (0.25,) * n_channels),
-        seed=0,
-    )
+    normalization = Normalization((0.5,) * n_channels, (0.25,) * n_channels)
+    task = FitTask(config=config, train_indices=images, held_out_indices=images, normalization=normalization, seed=0)
     data, runtime = context.images(step.caches), context.runtime(config, threads)
     fit(task, data, runtime, on_epoch=stop_in_time)
     # The first step is slower than the others, so leave it out.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,15 @@ class InterruptedStudyError(Exception):
     """The process of the study was killed."""
 
 
+class SimulatedWorker(Worker):
+    """A worker without a process."""
+
+    def send(self, message: Mapping[str, Any]) -> None: ...
+
+    def kill(self) -> None:
+        self.job = None
+
+
 class SimulatedPool:
     """Workers that finish an epoch each time that chance picks them.
 
@@ -32,7 +41,9 @@ class SimulatedPool:
 
     def __init__(self, study: FakeStudy, n_workers: int, rng: np.random.Generator, n_events: int | None) -> None:
         self.study = study
-        self.workers = [Worker(index=n, settings=WorkerSettings(), is_ready=True) for n in range(n_workers)]
+        self.workers: list[Worker] = [
+            SimulatedWorker(index=n, settings=WorkerSettings(), is_ready=True) for n in range(n_workers)
+        ]
         self.machines: dict[str, ClusterWorker] = {}
         self.fits: list[tuple[int, int]] = []
         """Trial and fold of every job, in order."""
@@ -56,9 +67,6 @@ class SimulatedPool:
 
     def reply(self, worker: Worker, *, go: bool) -> None:
         self._go = go
-
-    def kill(self, worker: Worker) -> None:
-        worker.job = None
 
     def events(self, timeout_s: float) -> Iterator[Event]:
         if self._n_left == 0:

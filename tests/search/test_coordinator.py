@@ -49,7 +49,7 @@ from hpsearch.workers.pool import Worker
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.recorded import FakeStudy
 from tests.search.in_process import PLAN, workers_in_process
-from tests.search.simulated import simulate
+from tests.search.simulated import SimulatedWorker, simulate
 from tests.search.studies import everything, mean_of_counted_dice, run, tiny_config, write_tiny_dataset
 
 
@@ -288,7 +288,7 @@ def test_a_worker_that_is_killed_before_it_has_a_job_leaves_a_line(tmp_path: Pat
 
     nothing: Any = None
     work = Coordinator(FakeStudy(tmp_path).record, nothing, nothing, nothing, Heard(), Stop(), lambda: None)
-    local = Worker(index=1, settings=WorkerSettings())
+    local = SimulatedWorker(index=1, settings=WorkerSettings())
     work.on_event(Event(local, None, Failed(error="died", text="killed by SIGKILL (out of memory?)")))
     on_cluster = dataclasses.replace(local, machine=cast("Any", SimpleNamespace(name="lab1:4000")))
     work.on_event(Event(on_cluster, None, Failed(error="died", text="lab1:4000 is lost: it is no longer connected")))
@@ -317,7 +317,7 @@ def test_a_worker_that_dies_with_a_fit_leaves_a_line_that_says_where_the_fit_con
         trial=0, fold=0, config=study.config, folder=tmp_path, caches=None, train=(), held_out=(0,), seed=0
     )  # type: ignore[arg-type]
     for _ in range(3):
-        worker = Worker(index=0, settings=WorkerSettings())
+        worker = SimulatedWorker(index=0, settings=WorkerSettings())
         work.on_event(Event(worker, job, Failed(error="died", text="lab1:4000 is lost: it is no longer connected")))
     what = "trial 0, fold 1: worker lab1:4000 is lost: it is no longer connected"
     assert said == [f"{what}; the fit continues on the next free worker"] * 2

@@ -66,7 +66,7 @@ class PoolContract:
     def test_a_killed_worker_is_reported_as_died_and_replaced(self, pool: WorkerPool) -> None:
         pool.resize(ONE)
         wait_for(pool, Ready)
-        pool.kill(pool.idle()[0])
+        pool.idle()[0].kill()
         report = wait_for(pool, Failed).report
         assert isinstance(report, Failed)
         assert report.error == "died"

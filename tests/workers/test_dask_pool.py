@@ -273,15 +273,17 @@ def test_a_worker_that_cannot_start_its_process_is_not_used_and_the_last_one_end
     def fail(self: LocalPool, index: int, settings: WorkerSettings) -> LocalWorker:
         raise WorkerError("worker 0 did not start (no driver)")
 
-    monkeypatch.setattr(LocalPool, "_start", fail)
-    pool = open_pool()
-    pool.resize(ONE * 3)
-    for _ in range(2):
-        report = wait_for(pool, Failed).report
-        assert isinstance(report, Failed)
-        assert re.fullmatch(r"lab:\S+ cannot be started: worker 0 did not start \(no driver\)", report.text)
-    with pytest.raises(WorkerError, match=r"^worker 0 did not start \(no driver\)$"):
-        wait_for(pool, Failed)
+    # Undone here: the fixture `cluster` ends before `monkeypatch`, which would restore the method of the fixture.
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalPool, "_start", fail)
+        pool = open_pool()
+        pool.resize(ONE * 3)
+        for _ in range(2):
+            report = wait_for(pool, Failed).report
+            assert isinstance(report, Failed)
+            assert re.fullmatch(r"lab:\S+ cannot be started: worker 0 did not start \(no driver\)", report.text)
+        with pytest.raises(WorkerError, match=r"^worker 0 did not start \(no driver\)$"):
+            wait_for(pool, Failed)
 
 
 def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:

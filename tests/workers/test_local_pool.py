@@ -71,7 +71,7 @@ def test_a_worker_killed_while_it_starts_leaves_a_line_and_is_replaced(
         with monkeypatch.context() as patch:
             patch.setattr(process, "serve", lambda settings, send, receive: receive())
             pool.resize(ONE)
-            pool.kill(pool._workers[0])
+            pool._workers[0].kill()
         assert wait_for(pool, Failed).job is None
         wait_for(pool, Ready)
     line = "worker 0 ended before it was ready, killed by SIGKILL (out of memory?); starting another"
