@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +35,6 @@ class Interval:
     low: float
     high: float
 
-    @classmethod
-    def of_scores(cls, mean: float, low: float, high: float) -> Self:
-        """Return the interval of a mean of scores, clipped to [0, 1]."""
-        return cls(mean, *cut(mean, low, high, least=0.0))
-
 
 @dataclass(frozen=True)
 class Paired:
@@ -51,19 +45,15 @@ class Paired:
     high: float
     p: float
 
-    @classmethod
-    def of_differences(cls, difference: float, low: float, high: float, p: float) -> Self:
-        """Return the interval of a mean difference of scores, clipped to [-1, 1]."""
-        return cls(difference, *cut(difference, low, high, least=-1.0), p)
-
 
 def bootstrap_mean(scores: Floats, *, run_variance: float = 0.0, run_df: float = math.inf, seed: int = 0) -> Interval:
     """Return the mean of scores (n,) with its 95 % interval: bootstrap over images, plus the run-to-run variance.
 
     `run_variance` is the run-to-run variance of this mean, and `run_df` are the degrees of freedom of its estimate.
     """
-    low, high = np.quantile(_draws(scores, run_variance, run_df, seed), _TAILS)
-    return Interval.of_scores(float(np.mean(scores)), float(low), float(high))
+    low, high = np.quantile(_draws(scores, run_variance, run_df, seed), _TAILS).tolist()
+    mean = float(np.mean(scores))
+    return Interval(mean, *cut(mean, low, high))
 
 
 def paired_difference(
@@ -77,10 +67,11 @@ def paired_difference(
     """
     difference = first - second
     draws = _draws(difference, run_variance, run_df, seed)
-    low, high = np.quantile(draws, _TAILS)
+    low, high = np.quantile(draws, _TAILS).tolist()
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     p = min(1.0, 2 * (beyond + 1) / (len(draws) + 1))
-    return Paired.of_differences(float(difference.mean()), float(low), float(high), p)
+    mean = float(difference.mean())
+    return Paired(mean, *cut(mean, low, high, least=-1.0), p)
 
 
 def corrected_t(fold_means: Floats) -> Interval | None:
@@ -95,7 +86,7 @@ def corrected_t(fold_means: Floats) -> Interval | None:
         return None
     mean = float(fold_means.mean())
     half = _t(k - 1) * math.sqrt((1 / k + 1 / (k - 1)) * float(fold_means.var(ddof=1)))
-    return Interval.of_scores(mean, mean - half, mean + half)
+    return Interval(mean, *cut(mean, mean - half, mean + half))
 
 
 def bootstrap_counts(n_images: int, seed: int) -> Iterator[NDArray[np.float32]]:
@@ -116,12 +107,12 @@ def satterthwaite(image_variance: float, image_df: float, run_variance: float, r
 
 def half_width(image_variance: float, image_df: float, run_variance: float, run_df: float) -> float:
     """Return half the width of the 95 % interval of an estimate whose variance is the sum of the two variances."""
-    total = image_variance + run_variance
-    return _t(satterthwaite(image_variance, image_df, run_variance, run_df)) * math.sqrt(total) if total > 0 else 0.0
+    df = satterthwaite(image_variance, image_df, run_variance, run_df)
+    return _t(df) * math.sqrt(image_variance + run_variance)
 
 
-def cut(mean: float, low: float, high: float, *, least: float) -> tuple[float, float]:
-    """Return the ends of an interval, clipped to [least, 1].
+def cut(mean: float, low: float, high: float, *, least: float = 0.0) -> tuple[float, float]:
+    """Return the ends of an interval, clipped to [least, 1]: 0 for a mean of scores, -1 for a mean difference.
 
     The interval always contains the mean, regardless of rounding errors.
     """

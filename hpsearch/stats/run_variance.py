@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from hpsearch.stats.intervals import Floats
 
 NEAR = 0.05
 """Only complete trials whose mean score is at most this far below that of the best are used. The scores of collapsed

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import stdtr
 
 from hpsearch.stats.best import rank
-from hpsearch.stats.intervals import LEVEL, Floats, Interval, Paired, bootstrap_counts, half_width, satterthwaite
+from hpsearch.stats.intervals import LEVEL, Floats, Interval, Paired, bootstrap_counts, cut, half_width, satterthwaite
 from hpsearch.stats.mixed_model import posterior_contrast
 from hpsearch.stats.study_scores import StudyScores
 
@@ -116,11 +116,11 @@ def corrected_estimate(study: StudyScores) -> Corrected:
     trial, n = best_row(study), study.n_images
     found = _posterior(study, trial)
     half = half_width(found.image_variance + found.choice_variance, n - 1, found.run_variance, study.runs.df)
-    total = Interval.of_scores(found.mean, found.mean - half, found.mean + half)
+    low, high = cut(found.mean, found.mean - half, found.mean + half)
     is_single = study.n_trials == 1 and study.pruned is None
     method: Method = "single" if is_single else "confirmed" if study.replicated else "first"
     naive = float(study.scores[trial].mean())
-    return Corrected(trial=trial, naive=naive, low=total.low, high=total.high, method=method, **found._asdict())
+    return Corrected(trial=trial, naive=naive, low=low, high=high, method=method, **found._asdict())
 
 
 def corrected_gain(study: StudyScores, trial: int, reference: int = 0) -> Paired:
@@ -137,7 +137,7 @@ def corrected_gain(study: StudyScores, trial: int, reference: int = 0) -> Paired
     df = satterthwaite(images, study.n_images - 1, found.run_variance, study.runs.df)
     p = 2 * float(stdtr(df, -abs(found.mean) / se)) if se > 0 else float(found.mean == 0)
     p = max(p, float(np.finfo(float).tiny))
-    return Paired.of_differences(found.mean, found.mean - half, found.mean + half, p)
+    return Paired(found.mean, *cut(found.mean, found.mean - half, found.mean + half, least=-1.0), p)
 
 
 def predict_test_mean(study: StudyScores, corrected: Corrected, *, n_test: int, n_runs: int = 1) -> Interval:
@@ -152,7 +152,7 @@ def predict_test_mean(study: StudyScores, corrected: Corrected, *, n_test: int, 
     images = corrected.image_variance + corrected.choice_variance + test_images
     runs = corrected.run_variance + study.runs.variance / n_runs
     half = half_width(images, study.n_images - 1, runs, study.runs.df)
-    return Interval.of_scores(corrected.mean, corrected.mean - half, corrected.mean + half)
+    return Interval(corrected.mean, *cut(corrected.mean, corrected.mean - half, corrected.mean + half))
 
 
 class _Estimate(NamedTuple):

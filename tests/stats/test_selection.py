@@ -242,12 +242,12 @@ def test_the_posterior_is_that_of_the_normal_model_when_the_spread_is_known(monk
         if reference is not None:
             expected -= of_reference @ means[reference]
             variance += 1 / precision[reference].sum()
-        ours = posterior_contrast(means, precision, share, 1, reference)
-        assert (ours.weights * means).sum() == pytest.approx(expected, abs=1e-9)
-        noise = (ours.weights[precision > 0] ** 2 / precision[precision > 0]).sum()
-        assert ours.choice_variance + noise == pytest.approx(variance, rel=1e-6)
+        weights, choice_variance = posterior_contrast(means, precision, share, 1, reference)
+        assert (weights * means).sum() == pytest.approx(expected, abs=1e-9)
+        noise = (weights[precision > 0] ** 2 / precision[precision > 0]).sum()
+        assert choice_variance + noise == pytest.approx(variance, rel=1e-6)
         # Moving a fold's level moves the estimate by the fold's share, and no gain at all.
-        assert ours.weights.sum(axis=0) == pytest.approx(share if reference is None else np.zeros(3), abs=1e-9)
+        assert weights.sum(axis=0) == pytest.approx(share if reference is None else np.zeros(3), abs=1e-9)
 
 
 def test_the_choice_variance_holds_that_the_spread_of_trials_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,11 +263,10 @@ def test_the_choice_variance_holds_that_the_spread_of_trials_is_not_known(monkey
         monkeypatch.setattr(mixed_model, "fit", evenly_at)
         monkeypatch.setattr(mixed_model, "MAX_ROUNDS", 1)
         found.append(posterior_contrast(means, precision, share, int(means.mean(axis=1).argmax())))
-    narrow, wide, either = found
-    assert np.allclose(either.weights, (narrow.weights + wide.weights) / 2)
-    apart = ((narrow.weights - wide.weights) * means).sum()
-    expected = (narrow.choice_variance + wide.choice_variance) / 2 + (apart / 2) ** 2
-    assert either.choice_variance == pytest.approx(expected)
+    (narrow, narrow_variance), (wide, wide_variance), (either, either_variance) = found
+    assert np.allclose(either, (narrow + wide) / 2)
+    apart = ((narrow - wide) * means).sum()
+    assert either_variance == pytest.approx((narrow_variance + wide_variance) / 2 + (apart / 2) ** 2)
     assert abs(apart) > 0.001
 
 
