@@ -71,9 +71,7 @@ class Coordinator:
 
     def __post_init__(self) -> None:
         self.trials = {trial.number: trial for trial in self.record.trials()}
-        self.pruner = StudyPruner(
-            self.record, self.trials, lambda number: self.open[number, 0].finished if (number, 0) in self.open else ()
-        )
+        self.pruner = StudyPruner(self.record, self.trials, lambda number: self.open[number, 0].finished)
 
     @property
     def is_over(self) -> bool:
