@@ -327,7 +327,7 @@ def _prune_waiting(coordinator: Coordinator) -> None:
     """
     opened, pruner, study = list(coordinator.open.values()), coordinator.pruner, coordinator.record.config.study
     is_settled = all(not each.running and len(each.finished) == 1 for each in opened)
-    if not pruner.as_needed or (study.lookahead and (pruner.n_left(len(opened)) > len(opened) or not is_settled)):
+    if study.lookahead and (pruner.n_left(len(opened)) > len(opened) or not is_settled):
         return
     waiting = {each.record.number for each in opened if not each.running and not each.pruned}
     # When a trial is pruned, the estimates of the others change.

@@ -46,18 +46,18 @@ class Paired:
     p: float
 
 
-def bootstrap_mean(scores: Floats, *, run_variance: float = 0.0, run_df: float = math.inf, seed: int = 0) -> Interval:
+def bootstrap_mean(scores: Floats, *, run_variance: float = 0.0, run_df: float = math.inf) -> Interval:
     """Return the mean of scores (n,) with its 95 % interval: bootstrap over images, plus the run-to-run variance.
 
     `run_variance` is the run-to-run variance of this mean, and `run_df` are the degrees of freedom of its estimate.
     """
-    low, high = np.quantile(_draws(scores, run_variance, run_df, seed), _TAILS).tolist()
+    low, high = np.quantile(_draws(scores, run_variance, run_df), _TAILS).tolist()
     mean = float(np.mean(scores))
     return Interval(mean, *cut(mean, low, high))
 
 
 def paired_difference(
-    first: Floats, second: Floats, *, run_variance: float = 0.0, run_df: float = math.inf, seed: int = 0
+    first: Floats, second: Floats, *, run_variance: float = 0.0, run_df: float = math.inf
 ) -> Paired:
     """Return the mean of `first - second` with its bootstrap interval.
 
@@ -66,7 +66,7 @@ def paired_difference(
     that are 0 or have the opposite sign. One such mean is added to them, so that p is never 0.
     """
     difference = first - second
-    draws = _draws(difference, run_variance, run_df, seed)
+    draws = _draws(difference, run_variance, run_df)
     low, high = np.quantile(draws, _TAILS).tolist()
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     p = min(1.0, 2 * (beyond + 1) / (len(draws) + 1))
@@ -89,11 +89,11 @@ def corrected_t(fold_means: Floats) -> Interval | None:
     return Interval(mean, *cut(mean, mean - half, mean + half))
 
 
-def bootstrap_counts(n_images: int, seed: int) -> Iterator[NDArray[np.float32]]:
+def bootstrap_counts(n_images: int) -> Iterator[NDArray[np.float32]]:
     """Yield blocks of bootstrap counts: how often each image occurs in each sample, (samples, n_images)."""
     size = max(1, _BLOCK // n_images)
     for start in range(0, N_BAGS, size):
-        yield _count_block(n_images, seed, start, min(size, N_BAGS - start))
+        yield _count_block(n_images, start, min(size, N_BAGS - start))
 
 
 def satterthwaite(image_variance: float, image_df: float, run_variance: float, run_df: float) -> float:
@@ -120,27 +120,27 @@ def cut(mean: float, low: float, high: float, *, least: float = 0.0) -> tuple[fl
 
 
 @lru_cache(maxsize=1)
-def _count_block(n_images: int, seed: int, start: int, size: int) -> NDArray[np.float32]:
+def _count_block(n_images: int, start: int, size: int) -> NDArray[np.float32]:
     # Cached because all statistics of a study use the same bootstrap samples.
-    drawn = np.random.default_rng([seed, start]).integers(0, n_images, (size, n_images))
+    drawn = np.random.default_rng([0, start]).integers(0, n_images, (size, n_images))
     drawn += n_images * np.arange(size)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=size * n_images).reshape(size, n_images).astype(np.float32)
     counts.flags.writeable = False
     return counts
 
 
-def _draws(scores: Floats, run_variance: float, run_df: float, seed: int) -> Floats:
+def _draws(scores: Floats, run_variance: float, run_df: float) -> Floats:
     """Return the means of bootstrap samples of scores (n,), each shifted by a random run-to-run error."""
     n = len(scores)
     if n < 2:
         raise StudyError(f"an interval needs at least 2 images, got {n}")
     mean = float(np.mean(scores))
     centred = (scores - mean).astype(np.float32)
-    draws = np.concatenate([counts @ centred for counts in bootstrap_counts(n, seed)]).astype(np.float64) / n
+    draws = np.concatenate([counts @ centred for counts in bootstrap_counts(n)]).astype(np.float64) / n
     # The variance about the sample's own mean is too small by the factor (n - 1) / n.
     draws *= math.sqrt(n / (n - 1))
     if run_variance > 0:
-        rng = np.random.default_rng([seed, 1])
+        rng = np.random.default_rng([0, 1])
         shift = rng.standard_normal(len(draws)) if math.isinf(run_df) else rng.standard_t(run_df, len(draws))
         draws += math.sqrt(run_variance) * shift
     return mean + draws

@@ -1,6 +1,5 @@
 """Estimate the run-to-run variance: how much a fold's mean changes if a fit is repeated with another seed."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,10 +23,6 @@ class RunVariance:
     variance: float
     df: float
     """Degrees of freedom of the estimate."""
-
-    @property
-    def sd(self) -> float:
-        return math.sqrt(self.variance)
 
 
 def fold_mean_squares(finals: Sequence[Floats]) -> tuple[Floats, float]:

@@ -31,7 +31,7 @@ HOPELESS = 4.0
 below 0.0001)."""
 
 
-def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
+def tied_with_best(study: StudyScores) -> tuple[int, ...]:
     """Return the rows of a set of trials that contains the truly best one with 95 % confidence, best mean first.
 
     Subset selection (Gupta, Technometrics 7, 1965): a trial is excluded if its distance to the best mean is larger
@@ -39,7 +39,7 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
     trials' image scores, and from a run-to-run variance that is itself uncertain. Trials far below the best are
     excluded first, because the noise of collapsed trials is so large that all trials would tie.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     runs, means, run_variance = study.runs, study.joint.mean(axis=1), study.run_variances
     centred = study.joint - means[:, None]
     covariance = centred @ centred.T / (study.n_images - 1) / study.n_images
@@ -57,7 +57,7 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
     return tuple(rank({int(trial): float(means[trial]) for trial in tied}))
 
 
-def select_for_replication(scores: Floats, count: int = 5, *, seed: int = 0) -> tuple[int, ...]:
+def select_for_replication(scores: Floats, count: int = 5) -> tuple[int, ...]:
     """Return the rows of up to `count` trials, ordered by how often each is best on a bootstrap sample of the images.
 
     `scores` contains the first fits of the complete trials, (trials, images). Trials that are never the best are left
@@ -66,7 +66,7 @@ def select_for_replication(scores: Floats, count: int = 5, *, seed: int = 0) -> 
     # Subtract each image's mean over trials. This does not affect the selection, and makes float32 precise enough.
     centred = np.asarray(scores - scores.mean(axis=0), np.float32)
     wins = np.zeros(len(scores), np.int64)
-    for counts in bootstrap_counts(scores.shape[1], seed):
+    for counts in bootstrap_counts(scores.shape[1]):
         wins += np.bincount((counts @ centred.T).argmax(axis=1), minlength=len(scores))
     means = scores.mean(axis=1)
     order = sorted(np.flatnonzero(wins), key=lambda trial: (-wins[trial], -means[trial], trial))

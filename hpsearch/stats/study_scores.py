@@ -153,12 +153,12 @@ class TrialStatistics:
     """Corrected resampled t interval over folds; None for one fold."""
 
 
-def trial_statistics(study: StudyScores, *, seed: int = 0) -> list[TrialStatistics]:
+def trial_statistics(study: StudyScores) -> list[TrialStatistics]:
     """Return the statistics of each trial, in row order."""
     rows = []
     for scores, run_variance in zip(study.joint, study.run_variances, strict=True):
         fold_means = np.array([scores[images].mean() for images in study.folds])
-        total = bootstrap_mean(scores, run_variance=float(run_variance), run_df=study.runs.df, seed=seed)
+        total = bootstrap_mean(scores, run_variance=float(run_variance), run_df=study.runs.df)
         sd_folds = float(fold_means.std(ddof=1)) if len(fold_means) > 1 else 0.0
         rows.append(TrialStatistics(float(scores.mean()), sd_folds, total, corrected_t(fold_means)))
     return rows

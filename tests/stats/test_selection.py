@@ -448,7 +448,7 @@ def corrected(image_variance: float, run_variance: float) -> Corrected:
 @pytest.mark.parametrize("n_test", [50, 600])
 def test_prediction_adds_the_variance_of_test_images_and_of_retraining(n_test: int) -> None:
     made = study([0.8] * 30, run=0.01, n_images=4000)
-    s = made.runs.sd
+    s = math.sqrt(made.runs.variance)
     assert s == pytest.approx(0.01, rel=0.2)
     known = replace(corrected(0.003**2, 0.002**2), choice_variance=0.001**2)
     images = 0.003**2 + 0.001**2 + made.scores[0].var(ddof=1) / n_test
@@ -479,7 +479,7 @@ def test_second_fits_alone_tell_the_run_variance_of_an_only_trial() -> None:
     second = first + 0.02 * math.sqrt(2) * rng.standard_normal(20)[fold_of]
     made = StudyScores(scores=first, fold_of=fold_of, replicated=(0,), replicates=second)
     assert made.runs.df == 4 + 19
-    assert made.runs.sd == pytest.approx(0.02, rel=0.3)
+    assert math.sqrt(made.runs.variance) == pytest.approx(0.02, rel=0.3)
     # That all folds moved alike is selection, not run-to-run variance.
     moved = replace(made, replicates=second - 0.3)
     assert moved.runs.variance == pytest.approx(made.runs.variance)
@@ -491,14 +491,14 @@ def test_what_images_do_to_a_second_fit_is_not_taken_for_runs() -> None:
     second = first + 0.1 * rng.standard_normal((1, 2000))
     made = StudyScores(scores=first, fold_of=np.arange(2000) % 20, replicated=(0,), replicates=second)
     # The moves of a fold's mean have a variance of 0.1^2 / 100; half of it would be an s of 0.0071.
-    assert made.runs.sd < 0.005
+    assert math.sqrt(made.runs.variance) < 0.005
 
 
 def test_a_fold_that_collapsed_does_not_decide_the_run_variance() -> None:
     made = study([0.8] * 12, run=0.006, n_images=1000)
     scores = made.scores.copy()
     scores[3, made.folds[2]] -= 0.2
-    assert replace(made, scores=scores).runs.sd < 2.5 * made.runs.sd
+    assert math.sqrt(replace(made, scores=scores).runs.variance) < 2.5 * math.sqrt(made.runs.variance)
 
 
 def test_more_test_images_and_more_runs_narrow_the_prediction() -> None:
