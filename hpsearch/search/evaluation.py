@@ -130,20 +130,17 @@ class StudyPruner:
     """The pruner of a study, which reads and caches the scores of the trials for its rule."""
 
     def __init__(
-        self,
-        record: StudyRecord,
-        trials: Mapping[int, TrialRecord],
-        finished: Callable[[int], Collection[int]] | None = None,
+        self, record: StudyRecord, trials: Mapping[int, TrialRecord], finished: Callable[[int], Collection[int]]
     ) -> None:
         """Create the study's pruner.
 
         `trials` maps the number of each trial to its record. The caller keeps this mapping up to date. `finished`
-        returns the finished folds of an open trial; by default, they are read from the study folder.
+        returns the finished folds of an open trial.
         """
         self.rule = pruners.make_pruner(record.config)
         self._record = record
         self._trials = trials
-        self._finished = finished or record.finished_folds
+        self._finished = finished
         self._known: dict[int, tuple[int | None, TrialScores | None]] = {}
         """Scores of the trials, and the number of finished folds of those that were open when they were read."""
 

@@ -106,7 +106,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     table = record.plan() or {}
     plan = from_json(ExecutionPlan, table) if is_running and table else None
     is_over = record.is_searched(trials) and has_all_replicates(record)
-    pruner = StudyPruner(record, {trial.number: trial for trial in trials})
+    pruner = StudyPruner(record, {trial.number: trial for trial in trials}, record.finished_folds)
     number, leader_value = pruner.leader() or (None, math.nan)
     n_new = max(0, record.n_left(trials) - len(open_fits))
     refits_s = sum(map(seconds_of, refits.values()))
