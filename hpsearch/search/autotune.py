@@ -19,11 +19,10 @@ from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.search.status import forecast
 from hpsearch.store.record import StudyRecord
 from hpsearch.typed_json import from_json, to_json
-from hpsearch.workers import plan as plans
 from hpsearch.workers.jobs import CachePaths, ClusterWorker, Finished, MeasureJob, StepToMeasure, WorkerSettings
 from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.loop import run_job, run_jobs_together
-from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan, Forecast
+from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan, Forecast, measured_configs, predicted_bytes
 from hpsearch.workers.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -152,7 +151,7 @@ def measure_drawn(config: StudyConfig, choice: MachineChoice, n_images: int) -> 
 
     The plan is based on measurements with synthetic images. Nothing is stored.
     """
-    batch_sizes = [each.train.batch_size for each in plans.measured_configs(config)]
+    batch_sizes = [each.train.batch_size for each in measured_configs(config)]
     if not batch_sizes:
         raise ConfigError("no configuration of this search can exist at this size, so there is no step to measure")
     with tempfile.TemporaryDirectory(prefix="hpsearch-") as name, LocalPool(Path(name)) as pool:
@@ -203,7 +202,7 @@ def _measure_plan(
     # Measure with the workers that will train: they have torch loaded and the images open.
     pool.resize(first)
     config = record.config.with_params({})
-    steps = [StepToMeasure(each, CachePaths(*caches.paths(each))) for each in plans.measured_configs(record.config)]
+    steps = [StepToMeasure(each, CachePaths(*caches.paths(each))) for each in measured_configs(record.config)]
     rates: dict[Shares, float] = {}
     if steps and choice.n_workers <= 1 and not choice.threads and not pool.machines:
         # Try a single worker with all cores, half of them, and so on down to one core.
@@ -231,7 +230,7 @@ def _measure_plan(
     if pool.machines:
         return dataclasses.replace(plan, workers=first)
     # Every configuration that fits with one worker on the device must also fit when workers share it.
-    needed = [plans.predicted_bytes(step.config, plan) for step in steps]
+    needed = [predicted_bytes(step.config, plan) for step in steps]
     largest = max((each for each in needed if each <= plan.memory_bytes * MEMORY_SHARE), default=0)
     while sharing > 1 and largest > plan.memory_bytes // sharing * MEMORY_SHARE:
         sharing //= 2
@@ -267,11 +266,10 @@ def choose_sharing(rates: Mapping[Shares, float]) -> int:
     `rates` maps each pair (number of workers, threads per worker) to the images per second that these workers train
     in total. A larger number of workers is chosen only if it is faster by at least the factor `WORTH_SHARING`.
     """
-    by_number = {n: rate for (n, _), rate in rates.items()}
-    chosen = min(by_number, default=1)
-    for n in sorted(by_number):
-        if by_number[n] >= WORTH_SHARING * by_number[chosen]:
-            chosen = n
+    chosen, fastest = 1, 0.0
+    for (n, _), rate in sorted(rates.items()):
+        if rate >= WORTH_SHARING * fastest:
+            chosen, fastest = n, rate
     return chosen
 
 

@@ -71,9 +71,7 @@ class Coordinator:
 
     def __post_init__(self) -> None:
         self.trials = {trial.number: trial for trial in self.record.trials()}
-        self.pruner = StudyPruner(
-            self.record, self.trials, lambda number: self.open[number, 0].finished if (number, 0) in self.open else ()
-        )
+        self.pruner = StudyPruner(self.record, self.trials, lambda number: self.open[number, 0].finished)
 
     @property
     def is_over(self) -> bool:
@@ -327,7 +325,7 @@ def _prune_waiting(coordinator: Coordinator) -> None:
     """
     opened, pruner, study = list(coordinator.open.values()), coordinator.pruner, coordinator.record.config.study
     is_settled = all(not each.running and len(each.finished) == 1 for each in opened)
-    if not pruner.as_needed or (study.lookahead and (pruner.n_left(len(opened)) > len(opened) or not is_settled)):
+    if study.lookahead and (pruner.n_left(len(opened)) > len(opened) or not is_settled):
         return
     waiting = {each.record.number for each in opened if not each.running and not each.pruned}
     # When a trial is pruned, the estimates of the others change.

@@ -27,7 +27,6 @@ class Evaluation:
     config: StudyConfig
     running: set[int] = field(default_factory=set)
     """Folds that workers are fitting now."""
-    _fits_memory: dict[Capacity, bool] = field(default_factory=dict)
 
     @cached_property
     def finished(self) -> set[int]:
@@ -66,9 +65,7 @@ class Evaluation:
 
     def fits_memory(self, capacity: Capacity) -> bool:
         """Return whether a worker has enough memory for the fits."""
-        if capacity not in self._fits_memory:
-            self._fits_memory[capacity] = fits_memory(self.config, capacity)
-        return self._fits_memory[capacity]
+        return fits_memory(self.config, capacity)
 
     def open_fits(self, capacity: Capacity | None = None) -> OpenFits:
         """Return the state of the fits for an idle worker, as the scheduler needs it."""
@@ -133,20 +130,17 @@ class StudyPruner:
     """The pruner of a study, which reads and caches the scores of the trials for its rule."""
 
     def __init__(
-        self,
-        record: StudyRecord,
-        trials: Mapping[int, TrialRecord],
-        finished: Callable[[int], Collection[int]] | None = None,
+        self, record: StudyRecord, trials: Mapping[int, TrialRecord], finished: Callable[[int], Collection[int]]
     ) -> None:
         """Create the study's pruner.
 
         `trials` maps the number of each trial to its record. The caller keeps this mapping up to date. `finished`
-        returns the finished folds of an open trial; by default, they are read from the study folder.
+        returns the finished folds of an open trial.
         """
         self.rule = pruners.make_pruner(record.config)
         self._record = record
         self._trials = trials
-        self._finished = finished or record.finished_folds
+        self._finished = finished
         self._known: dict[int, tuple[int | None, TrialScores | None]] = {}
         """Scores of the trials, and the number of finished folds of those that were open when they were read."""
 
@@ -230,12 +224,7 @@ class StudyPruner:
         study, known = self._record.config.study, self.known_scores()
         if study.lookahead:
             last = max(self._trials, default=0) + 1 - study.lookahead
-            firsts = {each.number: dict(list(each.scores.items())[:1]) for each in known if each.number <= last}
-            known = [
-                dataclasses.replace(each, scores=firsts[each.number], is_pruned=not each.finished)
-                for each in known
-                if each.number in firsts
-            ]
+            known = [_first_fold(each) for each in known if each.number <= last]
         # A new study may have no folds yet.
         return probability_of_gain(known, self._record.folds, study.until_gain or MATTERS, n_new) if known else 1.0
 
@@ -253,9 +242,6 @@ class StudyPruner:
         objects for unchanged trials, because pruners use them as cache keys.
         """
         for number, trial in self._trials.items():
-            # Ended trials do not change. In a study of thousands of trials, skipping them saves milliseconds.
-            if number in self._known and self._known[number][0] is None:
-                continue
             n_finished = len(self._finished(number)) if trial.outcome is None else None
             if number not in self._known or self._known[number][0] != n_finished:
                 self._known[number] = n_finished, self._read_known(trial)
@@ -270,3 +256,9 @@ class StudyPruner:
             return None
         known = self.scores_of(trial)
         return dataclasses.replace(known, scores={fold: known.scores[fold] for fold in finished})
+
+
+def _first_fold(trial: TrialScores) -> TrialScores:
+    """Return the scores of a trial's first fold only. If it has no finished fold, it counts as pruned."""
+    scores = dict(list(trial.scores.items())[:1])
+    return dataclasses.replace(trial, scores=scores, is_pruned=not trial.finished)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpsearch import config as configs
 from hpsearch import paths
 from hpsearch.config import StudyConfig, get_setting
 from hpsearch.errors import ConfigError, RecordError, StudyError
@@ -106,7 +105,7 @@ def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
     try:
         for section, values in tomllib.loads(text).items():
             base[section] = {**base.get(section, {}), **values} if isinstance(values, Mapping) else values
-        wanted = configs.from_dict({**base, "search": {}})
+        wanted = StudyConfig.from_dict({**base, "search": {}})
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--enqueue {path} cannot be read as TOML: {error}") from error
     except ConfigError as error:

@@ -18,9 +18,8 @@ from hpsearch.store.record import StudyRecord, has_all_replicates
 from hpsearch.store.trials import COUNTED, TrialRecord, count_trials
 from hpsearch.training.rows import EpochRow
 from hpsearch.typed_json import from_json
-from hpsearch.workers import plan as plans
 from hpsearch.workers.jobs import ClusterWorker
-from hpsearch.workers.plan import ExecutionPlan, Forecast
+from hpsearch.workers.plan import ExecutionPlan, Forecast, sample_space, why_infeasible
 
 Fits = Mapping[int, Sequence[FitRecord]]
 """Maps each trial number to the trial's fits, by fold."""
@@ -107,7 +106,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     table = record.plan() or {}
     plan = from_json(ExecutionPlan, table) if is_running and table else None
     is_over = record.is_searched(trials) and has_all_replicates(record)
-    pruner = StudyPruner(record, {trial.number: trial for trial in trials})
+    pruner = StudyPruner(record, {trial.number: trial for trial in trials}, record.finished_folds)
     number, leader_value = pruner.leader() or (None, math.nan)
     n_new = max(0, record.n_left(trials) - len(open_fits))
     refits_s = sum(map(seconds_of, refits.values()))
@@ -185,7 +184,7 @@ def forecast(record: StudyRecord, plan: ExecutionPlan, n_images: int) -> Forecas
     n_trials = record.n_left(record.trials())
     n_replicates = replicates.n_left(record, n_trials)
     n_held_out = n_images // n_folds if n_folds > 1 else 0
-    candidates = [each for each in plans.sample_space(config, 64) if plans.why_infeasible(each, plan) is None]
+    candidates = [each for each in sample_space(config, 64) if why_infeasible(each, plan) is None]
     epochs_s = [
         each.train.epochs * plan.epoch_s(each, n_images - n_held_out, n_held_out) for each in candidates or [config]
     ]

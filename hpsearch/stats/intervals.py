@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +35,6 @@ class Interval:
     low: float
     high: float
 
-    @classmethod
-    def of_scores(cls, mean: float, low: float, high: float) -> Self:
-        """Return the interval of a mean of scores, clipped to [0, 1]."""
-        return cls(mean, *cut(mean, low, high, least=0.0))
-
 
 @dataclass(frozen=True)
 class Paired:
@@ -51,23 +45,19 @@ class Paired:
     high: float
     p: float
 
-    @classmethod
-    def of_differences(cls, difference: float, low: float, high: float, p: float) -> Self:
-        """Return the interval of a mean difference of scores, clipped to [-1, 1]."""
-        return cls(difference, *cut(difference, low, high, least=-1.0), p)
 
-
-def bootstrap_mean(scores: Floats, *, run_variance: float = 0.0, run_df: float = math.inf, seed: int = 0) -> Interval:
+def bootstrap_mean(scores: Floats, *, run_variance: float = 0.0, run_df: float = math.inf) -> Interval:
     """Return the mean of scores (n,) with its 95 % interval: bootstrap over images, plus the run-to-run variance.
 
     `run_variance` is the run-to-run variance of this mean, and `run_df` are the degrees of freedom of its estimate.
     """
-    low, high = np.quantile(_draws(scores, run_variance, run_df, seed), _TAILS)
-    return Interval.of_scores(float(np.mean(scores)), float(low), float(high))
+    low, high = np.quantile(_draws(scores, run_variance, run_df), _TAILS).tolist()
+    mean = float(np.mean(scores))
+    return Interval(mean, *cut(mean, low, high))
 
 
 def paired_difference(
-    first: Floats, second: Floats, *, run_variance: float = 0.0, run_df: float = math.inf, seed: int = 0
+    first: Floats, second: Floats, *, run_variance: float = 0.0, run_df: float = math.inf
 ) -> Paired:
     """Return the mean of `first - second` with its bootstrap interval.
 
@@ -76,11 +66,12 @@ def paired_difference(
     that are 0 or have the opposite sign. One such mean is added to them, so that p is never 0.
     """
     difference = first - second
-    draws = _draws(difference, run_variance, run_df, seed)
-    low, high = np.quantile(draws, _TAILS)
+    draws = _draws(difference, run_variance, run_df)
+    low, high = np.quantile(draws, _TAILS).tolist()
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     p = min(1.0, 2 * (beyond + 1) / (len(draws) + 1))
-    return Paired.of_differences(float(difference.mean()), float(low), float(high), p)
+    mean = float(difference.mean())
+    return Paired(mean, *cut(mean, low, high, least=-1.0), p)
 
 
 def corrected_t(fold_means: Floats) -> Interval | None:
@@ -95,14 +86,14 @@ def corrected_t(fold_means: Floats) -> Interval | None:
         return None
     mean = float(fold_means.mean())
     half = _t(k - 1) * math.sqrt((1 / k + 1 / (k - 1)) * float(fold_means.var(ddof=1)))
-    return Interval.of_scores(mean, mean - half, mean + half)
+    return Interval(mean, *cut(mean, mean - half, mean + half))
 
 
-def bootstrap_counts(n_images: int, seed: int) -> Iterator[NDArray[np.float32]]:
+def bootstrap_counts(n_images: int) -> Iterator[NDArray[np.float32]]:
     """Yield blocks of bootstrap counts: how often each image occurs in each sample, (samples, n_images)."""
     size = max(1, _BLOCK // n_images)
     for start in range(0, N_BAGS, size):
-        yield _count_block(n_images, seed, start, min(size, N_BAGS - start))
+        yield _count_block(n_images, start, min(size, N_BAGS - start))
 
 
 def satterthwaite(image_variance: float, image_df: float, run_variance: float, run_df: float) -> float:
@@ -116,12 +107,12 @@ def satterthwaite(image_variance: float, image_df: float, run_variance: float, r
 
 def half_width(image_variance: float, image_df: float, run_variance: float, run_df: float) -> float:
     """Return half the width of the 95 % interval of an estimate whose variance is the sum of the two variances."""
-    total = image_variance + run_variance
-    return _t(satterthwaite(image_variance, image_df, run_variance, run_df)) * math.sqrt(total) if total > 0 else 0.0
+    df = satterthwaite(image_variance, image_df, run_variance, run_df)
+    return _t(df) * math.sqrt(image_variance + run_variance)
 
 
-def cut(mean: float, low: float, high: float, *, least: float) -> tuple[float, float]:
-    """Return the ends of an interval, clipped to [least, 1].
+def cut(mean: float, low: float, high: float, *, least: float = 0.0) -> tuple[float, float]:
+    """Return the ends of an interval, clipped to [least, 1]: 0 for a mean of scores, -1 for a mean difference.
 
     The interval always contains the mean, regardless of rounding errors.
     """
@@ -129,27 +120,27 @@ def cut(mean: float, low: float, high: float, *, least: float) -> tuple[float, f
 
 
 @lru_cache(maxsize=1)
-def _count_block(n_images: int, seed: int, start: int, size: int) -> NDArray[np.float32]:
+def _count_block(n_images: int, start: int, size: int) -> NDArray[np.float32]:
     # Cached because all statistics of a study use the same bootstrap samples.
-    drawn = np.random.default_rng([seed, start]).integers(0, n_images, (size, n_images))
+    drawn = np.random.default_rng([0, start]).integers(0, n_images, (size, n_images))
     drawn += n_images * np.arange(size)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=size * n_images).reshape(size, n_images).astype(np.float32)
     counts.flags.writeable = False
     return counts
 
 
-def _draws(scores: Floats, run_variance: float, run_df: float, seed: int) -> Floats:
+def _draws(scores: Floats, run_variance: float, run_df: float) -> Floats:
     """Return the means of bootstrap samples of scores (n,), each shifted by a random run-to-run error."""
     n = len(scores)
     if n < 2:
         raise StudyError(f"an interval needs at least 2 images, got {n}")
     mean = float(np.mean(scores))
     centred = (scores - mean).astype(np.float32)
-    draws = np.concatenate([counts @ centred for counts in bootstrap_counts(n, seed)]).astype(np.float64) / n
+    draws = np.concatenate([counts @ centred for counts in bootstrap_counts(n)]).astype(np.float64) / n
     # The variance about the sample's own mean is too small by the factor (n - 1) / n.
     draws *= math.sqrt(n / (n - 1))
     if run_variance > 0:
-        rng = np.random.default_rng([seed, 1])
+        rng = np.random.default_rng([0, 1])
         shift = rng.standard_normal(len(draws)) if math.isinf(run_df) else rng.standard_t(run_df, len(draws))
         draws += math.sqrt(run_variance) * shift
     return mean + draws

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from hpsearch.stats.intervals import Floats
+
 Mask = NDArray[np.bool_]
 
 SCALE = 0.4
@@ -33,16 +34,6 @@ the distance between the median and the best trial. A trial is excluded if it li
 `TAIL` times D plus `NOISE` times its standard error."""
 MAX_ROUNDS = 5
 """Maximum number of rounds in which such trials are excluded."""
-
-
-class Contrast(NamedTuple):
-    """Posterior mean, expressed as a weighted sum of the trials' fold means."""
-
-    weights: Floats
-    """Weights of the fold means, (trials, folds)."""
-    choice_variance: float
-    """Part of the posterior variance that is not noise of the fold means. It exists because the true differences
-    between the trials are uncertain."""
 
 
 class Fits(NamedTuple):
@@ -65,8 +56,12 @@ class Fits(NamedTuple):
 
 def posterior_contrast(
     means: Floats, precision: Floats, fold_share: Floats, trial: int, reference: int | None = None
-) -> Contrast:
+) -> tuple[Floats, float]:
     """Return the posterior mean of a trial's mean over all images, or of its lead over `reference`.
+
+    The posterior mean is returned as weights of the fold means, (trials, folds). The second value is the part of the
+    posterior variance that is not noise of the fold means. It exists because the true differences between the trials
+    are uncertain.
 
     `means` and `precision` are (trials, folds) arrays. The precision is 0 if a trial did not finish a fold.
     `fold_share` is (folds,), the fraction of the images in each fold. `trial` and `reference` must have finished all
@@ -93,7 +88,7 @@ def posterior_contrast(
     noise = (each**2 / np.where(precision > 0, precision, np.inf)).sum(axis=(1, 2))
     values = (each * means).sum(axis=(1, 2))
     choice_variance = fits.share @ (np.maximum(0, variance - noise) + (values - fits.share @ values) ** 2)
-    return Contrast(np.tensordot(fits.share, each, axes=1), float(choice_variance))
+    return np.tensordot(fits.share, each, axes=1), float(choice_variance)
 
 
 def _fit_guides(means: Floats, precision: Floats, reference: int | None, se: float) -> tuple[Mask, Fits]:

@@ -1,13 +1,11 @@
 """Estimate the run-to-run variance: how much a fold's mean changes if a fit is repeated with another seed."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from hpsearch.stats.intervals import Floats
 
 NEAR = 0.05
 """Only complete trials whose mean score is at most this far below that of the best are used. The scores of collapsed
@@ -25,10 +23,6 @@ class RunVariance:
     variance: float
     df: float
     """Degrees of freedom of the estimate."""
-
-    @property
-    def sd(self) -> float:
-        return math.sqrt(self.variance)
 
 
 def fold_mean_squares(finals: Sequence[Floats]) -> tuple[Floats, float]:

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import stdtr
 
 from hpsearch.stats.best import rank
-from hpsearch.stats.intervals import LEVEL, Floats, Interval, Paired, bootstrap_counts, half_width, satterthwaite
+from hpsearch.stats.intervals import LEVEL, Floats, Interval, Paired, bootstrap_counts, cut, half_width, satterthwaite
 from hpsearch.stats.mixed_model import posterior_contrast
 from hpsearch.stats.study_scores import StudyScores
 
@@ -31,7 +31,7 @@ HOPELESS = 4.0
 below 0.0001)."""
 
 
-def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
+def tied_with_best(study: StudyScores) -> tuple[int, ...]:
     """Return the rows of a set of trials that contains the truly best one with 95 % confidence, best mean first.
 
     Subset selection (Gupta, Technometrics 7, 1965): a trial is excluded if its distance to the best mean is larger
@@ -39,7 +39,7 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
     trials' image scores, and from a run-to-run variance that is itself uncertain. Trials far below the best are
     excluded first, because the noise of collapsed trials is so large that all trials would tie.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     runs, means, run_variance = study.runs, study.joint.mean(axis=1), study.run_variances
     centred = study.joint - means[:, None]
     covariance = centred @ centred.T / (study.n_images - 1) / study.n_images
@@ -57,7 +57,7 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
     return tuple(rank({int(trial): float(means[trial]) for trial in tied}))
 
 
-def select_for_replication(scores: Floats, count: int = 5, *, seed: int = 0) -> tuple[int, ...]:
+def select_for_replication(scores: Floats, count: int = 5) -> tuple[int, ...]:
     """Return the rows of up to `count` trials, ordered by how often each is best on a bootstrap sample of the images.
 
     `scores` contains the first fits of the complete trials, (trials, images). Trials that are never the best are left
@@ -66,7 +66,7 @@ def select_for_replication(scores: Floats, count: int = 5, *, seed: int = 0) -> 
     # Subtract each image's mean over trials. This does not affect the selection, and makes float32 precise enough.
     centred = np.asarray(scores - scores.mean(axis=0), np.float32)
     wins = np.zeros(len(scores), np.int64)
-    for counts in bootstrap_counts(scores.shape[1], seed):
+    for counts in bootstrap_counts(scores.shape[1]):
         wins += np.bincount((counts @ centred.T).argmax(axis=1), minlength=len(scores))
     means = scores.mean(axis=1)
     order = sorted(np.flatnonzero(wins), key=lambda trial: (-wins[trial], -means[trial], trial))
@@ -116,11 +116,11 @@ def corrected_estimate(study: StudyScores) -> Corrected:
     trial, n = best_row(study), study.n_images
     found = _posterior(study, trial)
     half = half_width(found.image_variance + found.choice_variance, n - 1, found.run_variance, study.runs.df)
-    total = Interval.of_scores(found.mean, found.mean - half, found.mean + half)
+    low, high = cut(found.mean, found.mean - half, found.mean + half)
     is_single = study.n_trials == 1 and study.pruned is None
     method: Method = "single" if is_single else "confirmed" if study.replicated else "first"
     naive = float(study.scores[trial].mean())
-    return Corrected(trial=trial, naive=naive, low=total.low, high=total.high, method=method, **found._asdict())
+    return Corrected(trial=trial, naive=naive, low=low, high=high, method=method, **found._asdict())
 
 
 def corrected_gain(study: StudyScores, trial: int, reference: int = 0) -> Paired:
@@ -137,7 +137,7 @@ def corrected_gain(study: StudyScores, trial: int, reference: int = 0) -> Paired
     df = satterthwaite(images, study.n_images - 1, found.run_variance, study.runs.df)
     p = 2 * float(stdtr(df, -abs(found.mean) / se)) if se > 0 else float(found.mean == 0)
     p = max(p, float(np.finfo(float).tiny))
-    return Paired.of_differences(found.mean, found.mean - half, found.mean + half, p)
+    return Paired(found.mean, *cut(found.mean, found.mean - half, found.mean + half, least=-1.0), p)
 
 
 def predict_test_mean(study: StudyScores, corrected: Corrected, *, n_test: int, n_runs: int = 1) -> Interval:
@@ -152,7 +152,7 @@ def predict_test_mean(study: StudyScores, corrected: Corrected, *, n_test: int, 
     images = corrected.image_variance + corrected.choice_variance + test_images
     runs = corrected.run_variance + study.runs.variance / n_runs
     half = half_width(images, study.n_images - 1, runs, study.runs.df)
-    return Interval.of_scores(corrected.mean, corrected.mean - half, corrected.mean + half)
+    return Interval(corrected.mean, *cut(corrected.mean, corrected.mean - half, corrected.mean + half))
 
 
 class _Estimate(NamedTuple):

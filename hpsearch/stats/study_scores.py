@@ -103,15 +103,13 @@ class StudyScores:
         """
         k, n_near = len(self.folds), len(self.near[0])
         total, df = S_GUESS_DF * S_GUESS**2, S_GUESS_DF
-        if k < 2:
-            return RunVariance(total / df, df)
-        if n_near > 1:
+        if k > 1 and n_near > 1:
             squares, images = fold_mean_squares(self.near)
             first_df = (n_near - 1) * (k - 1)
             total += first_df * (float(np.minimum(squares, LIMIT * np.median(squares)).mean()) - images)
             df += first_df
         # In a fold of one image, the shift of the fold cannot be separated from that of the image.
-        if self.replicated and min(map(len, self.folds)) > 1:
+        if k > 1 and self.replicated and min(map(len, self.folds)) > 1:
             shifts = self._replicates - self.scores[list(self.replicated)]
             means = np.stack([shifts[:, fold].mean(axis=1) for fold in self.folds], axis=1)
             images_part = np.mean([shifts[:, fold].var(axis=1, ddof=1) / len(fold) for fold in self.folds], axis=0)
@@ -155,12 +153,12 @@ class TrialStatistics:
     """Corrected resampled t interval over folds; None for one fold."""
 
 
-def trial_statistics(study: StudyScores, *, seed: int = 0) -> list[TrialStatistics]:
+def trial_statistics(study: StudyScores) -> list[TrialStatistics]:
     """Return the statistics of each trial, in row order."""
     rows = []
     for scores, run_variance in zip(study.joint, study.run_variances, strict=True):
         fold_means = np.array([scores[images].mean() for images in study.folds])
-        total = bootstrap_mean(scores, run_variance=float(run_variance), run_df=study.runs.df, seed=seed)
+        total = bootstrap_mean(scores, run_variance=float(run_variance), run_df=study.runs.df)
         sd_folds = float(fold_means.std(ddof=1)) if len(fold_means) > 1 else 0.0
         rows.append(TrialStatistics(float(scores.mean()), sd_folds, total, corrected_t(fold_means)))
     return rows

@@ -26,10 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from hpsearch.stats.mixed_model import fit
+from hpsearch.stats.intervals import Floats
+from hpsearch.stats.mixed_model import Mask, fit
 from hpsearch.stats.run_variance import NEAR, S_FLOOR, S_GUESS, S_GUESS_DF, image_variance
-
-Floats = NDArray[np.float64]
 
 MAX_NEAR = 100
 """Maximum number of near trials. More of them cost time and hardly change the estimates."""
@@ -83,7 +82,8 @@ class ValueModel:
         is_near = above.sum(axis=2) >= self.lowest * is_known.sum(axis=1)
         is_near[:, list(flat)] = False
         prior = np.where(is_near, self.tau[:, None] ** 2, 1.0)
-        weights = (prior / (1 + prior * total))[:, :, None] * precision
+        effect_variance = prior / (1 + prior * total)
+        weights = effect_variance[:, :, None] * precision
         effect = (weights * above).sum(axis=2)
         known = is_known * self.fold_share[self.folds]
         unknown = 1 - known.sum(axis=1)
@@ -92,7 +92,7 @@ class ValueModel:
         return Values(
             model=self,
             effect=effect,
-            effect_variance=prior / (1 + prior * total),
+            effect_variance=effect_variance,
             lead=(known * above).sum(axis=2) + unknown * effect,
             variance=unknown**2 * prior / (1 + prior * total) + noise @ (unseen_share**2).T,
             loading=-(known + unknown[:, None] * weights),
@@ -142,7 +142,7 @@ class Values:
         means, variances = self._differences(than)
         return np.asarray(self.model.share @ ndtr((means - by) / np.sqrt(np.maximum(variances, 1e-14))))
 
-    def probability_of_gain(self, row: int, like: NDArray[np.bool_], share: float, n_new: int, gain: float) -> float:
+    def probability_of_gain(self, row: int, like: Mask, share: float, n_new: int, gain: float) -> float:
         """Return the probability that the best of `n_new` new trials is truly better than a row by at least `gain`.
 
         The fraction `share` of new trials is like the trials in the mask `like`: their mu is normal, with the mean of
@@ -206,7 +206,7 @@ def value_model(means: Floats, sizes: Sequence[int], g2: float) -> ValueModel:
     )
 
 
-def near_rows(means: Floats) -> tuple[NDArray[np.bool_], Floats]:
+def near_rows(means: Floats) -> tuple[Mask, Floats]:
     """Return two arrays (trials,): whether each trial is near (see the module), and its height.
 
     `means` contains the fold means, (trials, folds), NaN if unfinished. The height of a trial is the mean by which

@@ -242,12 +242,12 @@ def test_the_posterior_is_that_of_the_normal_model_when_the_spread_is_known(monk
         if reference is not None:
             expected -= of_reference @ means[reference]
             variance += 1 / precision[reference].sum()
-        ours = posterior_contrast(means, precision, share, 1, reference)
-        assert (ours.weights * means).sum() == pytest.approx(expected, abs=1e-9)
-        noise = (ours.weights[precision > 0] ** 2 / precision[precision > 0]).sum()
-        assert ours.choice_variance + noise == pytest.approx(variance, rel=1e-6)
+        weights, choice_variance = posterior_contrast(means, precision, share, 1, reference)
+        assert (weights * means).sum() == pytest.approx(expected, abs=1e-9)
+        noise = (weights[precision > 0] ** 2 / precision[precision > 0]).sum()
+        assert choice_variance + noise == pytest.approx(variance, rel=1e-6)
         # Moving a fold's level moves the estimate by the fold's share, and no gain at all.
-        assert ours.weights.sum(axis=0) == pytest.approx(share if reference is None else np.zeros(3), abs=1e-9)
+        assert weights.sum(axis=0) == pytest.approx(share if reference is None else np.zeros(3), abs=1e-9)
 
 
 def test_the_choice_variance_holds_that_the_spread_of_trials_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,11 +263,10 @@ def test_the_choice_variance_holds_that_the_spread_of_trials_is_not_known(monkey
         monkeypatch.setattr(mixed_model, "fit", evenly_at)
         monkeypatch.setattr(mixed_model, "MAX_ROUNDS", 1)
         found.append(posterior_contrast(means, precision, share, int(means.mean(axis=1).argmax())))
-    narrow, wide, either = found
-    assert np.allclose(either.weights, (narrow.weights + wide.weights) / 2)
-    apart = ((narrow.weights - wide.weights) * means).sum()
-    expected = (narrow.choice_variance + wide.choice_variance) / 2 + (apart / 2) ** 2
-    assert either.choice_variance == pytest.approx(expected)
+    (narrow, narrow_variance), (wide, wide_variance), (either, either_variance) = found
+    assert np.allclose(either, (narrow + wide) / 2)
+    apart = ((narrow - wide) * means).sum()
+    assert either_variance == pytest.approx((narrow_variance + wide_variance) / 2 + (apart / 2) ** 2)
     assert abs(apart) > 0.001
 
 
@@ -449,7 +448,7 @@ def corrected(image_variance: float, run_variance: float) -> Corrected:
 @pytest.mark.parametrize("n_test", [50, 600])
 def test_prediction_adds_the_variance_of_test_images_and_of_retraining(n_test: int) -> None:
     made = study([0.8] * 30, run=0.01, n_images=4000)
-    s = made.runs.sd
+    s = math.sqrt(made.runs.variance)
     assert s == pytest.approx(0.01, rel=0.2)
     known = replace(corrected(0.003**2, 0.002**2), choice_variance=0.001**2)
     images = 0.003**2 + 0.001**2 + made.scores[0].var(ddof=1) / n_test
@@ -480,7 +479,7 @@ def test_second_fits_alone_tell_the_run_variance_of_an_only_trial() -> None:
     second = first + 0.02 * math.sqrt(2) * rng.standard_normal(20)[fold_of]
     made = StudyScores(scores=first, fold_of=fold_of, replicated=(0,), replicates=second)
     assert made.runs.df == 4 + 19
-    assert made.runs.sd == pytest.approx(0.02, rel=0.3)
+    assert math.sqrt(made.runs.variance) == pytest.approx(0.02, rel=0.3)
     # That all folds moved alike is selection, not run-to-run variance.
     moved = replace(made, replicates=second - 0.3)
     assert moved.runs.variance == pytest.approx(made.runs.variance)
@@ -492,14 +491,14 @@ def test_what_images_do_to_a_second_fit_is_not_taken_for_runs() -> None:
     second = first + 0.1 * rng.standard_normal((1, 2000))
     made = StudyScores(scores=first, fold_of=np.arange(2000) % 20, replicated=(0,), replicates=second)
     # The moves of a fold's mean have a variance of 0.1^2 / 100; half of it would be an s of 0.0071.
-    assert made.runs.sd < 0.005
+    assert math.sqrt(made.runs.variance) < 0.005
 
 
 def test_a_fold_that_collapsed_does_not_decide_the_run_variance() -> None:
     made = study([0.8] * 12, run=0.006, n_images=1000)
     scores = made.scores.copy()
     scores[3, made.folds[2]] -= 0.2
-    assert replace(made, scores=scores).runs.sd < 2.5 * made.runs.sd
+    assert math.sqrt(replace(made, scores=scores).runs.variance) < 2.5 * math.sqrt(made.runs.variance)
 
 
 def test_more_test_images_and_more_runs_narrow_the_prediction() -> None:

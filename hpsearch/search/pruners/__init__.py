@@ -27,6 +27,7 @@ class Pruner(Protocol):
         `others` contains the trials to compare with, in any order. They have scores, but need not be complete. Open
         trials are among them only if folds are fitted as needed.
         """
+        return None
 
     def order(self, trials: Sequence[TrialScores], folds: Folds) -> list[int]:
         """Return the numbers of the open trials that may still win, those first that should get the next folds.
