@@ -10,10 +10,12 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -21,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.config.search import SearchSpace
 from hpsearch.search import samplers, space
-from hpsearch.search.space import Distributions, default_params
+from hpsearch.search.space import Distribution, Distributions, default_params, distributions
 from hpsearch.store.trials import TrialRecord
 
 ATTEMPTS = 20
@@ -69,7 +71,7 @@ def _draw_new(config: StudyConfig, known: Sequence[TrialRecord], number: int, fi
 
     After `ATTEMPTS` repeats, an unused configuration is returned if there is one, else the first draw.
     """
-    spaces = space.distributions(config.search)
+    spaces = distributions(config.search)
     searched = {name: each for name, each in spaces.items() if name not in fixed}
     with quiet():
         study = _study_in_memory(config, known, spaces)
@@ -122,10 +124,15 @@ def _study_in_memory(config: StudyConfig, known: Sequence[TrialRecord], dimensio
     their outcome.
     """
     study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
+    made = _frozen_trials(tuple(dimensions.items()))
     for each in known:
-        value = each.value if each.outcome in ("complete", "pruned") else None
-        state = STATES[each.outcome] if value is None else TrialState.COMPLETE
-        frozen = space.frozen_trial(each.params, dimensions, state, each.constraint, value=value)
+        has_value = each.outcome in ("complete", "pruned") and each.value is not None
+        state = TrialState.COMPLETE if has_value else STATES[each.outcome]
+        value = each.value if has_value else None
+        key = each.params, state, each.constraint, value
+        if each.number not in made or made[each.number][0] != key:
+            made[each.number] = key, space.frozen_trial(each.params, dimensions, state, each.constraint, value=value)
+        frozen = made[each.number][1]
         # Optuna copies each trial that is added. For thousands of trials, copies take most of a suggestion's time.
         vars(frozen)["__deepcopy__"] = lambda _, same=frozen: same
         if samplers.is_replayed(config):
@@ -133,6 +140,12 @@ def _study_in_memory(config: StudyConfig, known: Sequence[TrialRecord], dimensio
         else:
             study.add_trial(frozen)
     return study
+
+
+@lru_cache(maxsize=4)
+def _frozen_trials(dimensions: tuple[tuple[str, Distribution], ...]) -> dict[int, tuple[Any, FrozenTrial]]:
+    """Return a cache of Optuna's trials in this space, by trial number, with the values that they were made from."""
+    return {}
 
 
 def _replay(config: StudyConfig, study: Study, frozen: FrozenTrial, number: int) -> None:
@@ -162,7 +175,7 @@ def quiet() -> Iterator[None]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.simplefilter("ignore", ExperimentalWarning)
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
