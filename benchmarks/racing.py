@@ -170,7 +170,7 @@ class Replay:
             folds=self.pruner.folds,
             refine=tuple(self.pruner.order(known, self.study.folds)) if self.pruner.folds == "as needed" else (),
             n_screened=sum(bool(each.finished) for each in known),
-            n_further=sum(len(each.finished) - 1 for each in known if each.finished),
+            n_further=sum(len(each.finished) - 1 for each in known if each.finished and each.number > 0),
         )
 
 

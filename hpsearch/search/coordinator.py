@@ -384,8 +384,8 @@ def _study_state(coordinator: Coordinator, worker: Worker) -> StudyState:
         folds=pruner.rule.folds,
         refine=refine,
         n_screened=sum(bool(each.finished) for each in known),
-        n_further=sum(len(each.finished) - 1 for each in known if each.finished)
-        + sum(len(fits.running) for fits in open_fits if fits.finished),
+        n_further=sum(len(each.finished) - 1 for each in known if each.finished and each.number > 0)
+        + sum(len(fits.running) for fits in open_fits if fits.finished and fits.trial > 0),
     )
 
 

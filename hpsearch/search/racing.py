@@ -12,24 +12,28 @@ once p is below 0.01. Trials that merely tie with the leader are therefore prune
 tie, and evaluating them on further folds would gain nothing. p is computed after each fold of the trial. Whenever
 another trial finishes a fold, p is computed again, because the leader or its expected value may have changed.
 
-**Further folds** go to the rival with the largest p, unless it has more finished folds than the leader. Then they go
-to the leader. During the search, one further fold is fitted for every 10 trials that have finished their first fold,
-so that the estimate of the leader's value keeps improving. The remaining ones are fitted after the last trial has
-been suggested, until all trials are pruned or complete. Trial 0 is never pruned, because the gain of the winner over
-it is reported. It is completed first, so that a search that is stopped has a complete trial.
+**Further folds** go to the leader until it is complete, and then to the rival with the largest p. Each of them may
+change which trial leads. During the search, one further fold is fitted for every 10 trials that have finished their
+first fold, so that the estimate of the leader's value keeps improving. The remaining ones are fitted after the last
+trial has been suggested, until all trials are pruned or complete. Trial 0 is never pruned, because the gain of the
+winner over it is reported. It is completed first, so that a search that is stopped has a complete trial.
 
 **Within the first fold**, the score after the last epoch is unknown, but its best case can be estimated as soon as
-three other trials have finished a first fold. It is the higher of two predictions:
+three other trials have finished a first fold. It is the highest of three predictions:
 
-- *Fast gain.* The prediction starts at the candidate's best mean score so far (scores fluctuate while the learning
-  rate is high). After the same epoch, each other trial closed some fraction of the gap between its own best score and
-  a perfect score. The candidate closes the largest of these fractions, plus a quarter of their standard deviation.
+- *Fast gain.* The prediction starts at the candidate's best mean score so far. After the same epoch, each other trial
+  closed some fraction of the gap between its own best score and a perfect score. The candidate closes the largest of
+  these fractions, plus a quarter of their standard deviation.
+- *Fast gain from the latest score.* The same with the latest mean scores instead of the best so far. Scores fluctuate
+  while the learning rate is high, and a trial whose best score was lucky gains little from it.
 - *Late start.* Some curves are flat at first and then jump. Let r be the learning rate, summed over the epochs, that
   the candidate has not used yet. The prediction is the highest score, relative to its final score, that a trial had
   reached when it had used r, times the expected score of the leader on this fold. Only trials whose final score is at
   most 0.05 below that of the leader count. The candidate's own scores do not matter.
 
-p is then computed as if the fold had ended at this score. The candidate is pruned if p is below 0.01.
+p is then computed as if the fold had ended at this score. If the candidate and the n other trials gain alike, the
+probability that the candidate gains more than all others is 1 / (n + 1). The candidate is pruned if p / (n + 1) is
+below 0.01, but only if p is below 0.2.
 """
 
 import dataclasses
@@ -50,8 +54,8 @@ from hpsearch.store.trials import PruneDecision
 
 ALPHA = 0.01
 """Probability of winning by `MATTERS` below which a trial is pruned."""
-INSIDE = 0.01
-"""The same within the first fold, for the best case."""
+MAX_INSIDE = 0.2
+"""Largest p of a best case at which a trial is pruned within its first fold."""
 MATTERS = 0.003
 """Smallest difference from the leader that justifies fitting further folds."""
 MIN_CURVES = 3
@@ -141,25 +145,23 @@ class Race:
         assert found.p is not None
         where = f"{candidate.place}, best case" if is_inside else candidate.place
         reason = f"{where}: {found.d:.4f} ± {found.se:.4f} below trial {found.against}, p = {found.p:.2g}"
-        drop = candidate.number > 0 and found.p < (INSIDE if is_inside else self.alpha)
+        n_others = sum(bool(each.finished) for each in others)
+        limit = min(MAX_INSIDE, self.alpha * (n_others + 1)) if is_inside else self.alpha
+        drop = candidate.number > 0 and found.p < limit
         return dataclasses.replace(found, drop=drop, reason=reason)
 
     def order(self, trials: Sequence[TrialScores], folds: Folds) -> list[int]:
-        """Return the numbers of the open trials that can still win, those first that should get the next folds."""
+        """Return the numbers of the open trials that can still win: the leader, then the others by their p."""
         compared = _with_finished(trials)
         if all(trial.is_pruned for trial in compared):
             return []
         values = _reference(compared, folds).values
         leader = _best(compared, values.expected)
         p = values.probability_better(leader, MATTERS)
-        n_finished = [len(trial.finished) for trial in compared]
         rows = [row for row, trial in enumerate(compared) if not trial.is_pruned and not trial.is_full(folds.k)]
-        can_win = (row for row in rows if row != leader and (p[row] >= self.alpha or compared[row].number == 0))
-        rivals = sorted(can_win, key=lambda row: -p[row])
-        if leader in rows:
-            is_behind = bool(rivals) and n_finished[rivals[0]] <= n_finished[leader]
-            rivals.insert(int(is_behind), leader)
-        return [compared[row].number for row in rivals]
+        can_win = [row for row in rows if row == leader or p[row] >= self.alpha or compared[row].number == 0]
+        can_win.sort(key=lambda row: (row != leader, -p[row]))
+        return [compared[row].number for row in can_win]
 
 
 def decide(
@@ -299,33 +301,53 @@ def _ends(
 
     `leader_mean` is the expected mean score of the leader on this fold.
     """
-    now, n_epochs = float(candidate.curves[fold].max()), len(candidate.scores[fold])
+    curve, n_epochs = candidate.curves[fold], len(candidate.scores[fold])
     part, left = n_epochs / candidate.n_epochs, 1 - candidate.spent(n_epochs)
-    largest, median, rise = _gains(others, part, left, leader_mean)
-    return max(now + (1 - now) * largest, leader_mean * rise), now + (1 - now) * median
+    gains = _gains(others, part, left, leader_mean)
+    so_far, latest = float(curve.max()), float(curve[-1])
+    best = max(so_far + (1 - so_far) * gains.largest, latest + (1 - latest) * gains.largest_from_latest)
+    return max(best, leader_mean * gains.rise), so_far + (1 - so_far) * gains.median
+
+
+class Gains(NamedTuple):
+    """Gains of finished first folds after some epoch, as fractions of the gap between a score and a perfect score."""
+
+    largest: float
+    """Largest gain to expect, from the best score up to that epoch."""
+    largest_from_latest: float
+    """Largest gain to expect, from the score of that epoch."""
+    median: float
+    """Median gain from the best score up to that epoch."""
+    rise: float
+    """Highest score, relative to the final score, that a near trial reaches in the epochs that are left."""
 
 
 @lru_cache(maxsize=64)
-def _gains(
-    trials: tuple[TrialScores, ...], part: float, left: float, leader_mean: float
-) -> tuple[float, float, float]:
-    """Return the largest gain to expect, the median gain, and the highest score relative to the final score.
+def _gains(trials: tuple[TrialScores, ...], part: float, left: float, leader_mean: float) -> Gains:
+    """Return the gains after the fraction `part` of the epochs.
 
-    `part` is the fraction of the epochs after which the gains begin. `left` is the fraction of the summed learning
-    rate in which the highest score must be reached. The result is cached, because it is the same for all first folds
-    at the same epoch.
+    `left` is the fraction of the summed learning rate that is left then. The result is cached, because it is the same
+    for all first folds at the same epoch.
     """
-    gains, rises = [], []
+    from_best, from_latest, rises = [], [], []
     for trial in trials:
         curve = trial.curves[trial.finished[0]]
         end = float(curve[-1])
         # Trials may differ in their number of epochs. Rounding down makes gains larger, which helps the candidate.
-        then = float(curve[: int(part * trial.n_epochs + 1e-9)].max(initial=0.0))
-        gains.append(max(0.0, end - then) / max(1 - then, 0.05))
+        so_far = [0.0, *curve[: int(part * trial.n_epochs + 1e-9)].tolist()]
+        from_best.append(_gain(max(so_far), end))
+        from_latest.append(_gain(so_far[-1], end))
         if end >= leader_mean - NEAR:
             rises.append(float(curve[: _epochs_to_spend(trial, left)].max()) / end if end > 0 else 1.0)
-    largest = min(1.0, max(gains) + EXTRA * float(np.std(gains, ddof=1)))
-    return largest, float(np.median(gains)), max(rises, default=1.0)
+    return Gains(_largest(from_best), _largest(from_latest), float(np.median(from_best)), max(rises, default=1.0))
+
+
+def _gain(start: float, end: float) -> float:
+    return max(0.0, end - start) / max(1 - start, 0.05)
+
+
+def _largest(gains: Sequence[float]) -> float:
+    return min(1.0, max(gains) + EXTRA * float(np.std(gains, ddof=1)))
 
 
 def _epochs_to_spend(trial: TrialScores, spent: float) -> int:

@@ -64,7 +64,7 @@ class StudyState:
     n_screened: int = 0
     """Number of trials that have finished a fold."""
     n_further: int = 0
-    """Number of fits, finished or running, beyond the first of each trial."""
+    """Number of fits, finished or running, beyond the first of each trial except trial 0."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from hpsearch.data.folds import Folds
 from hpsearch.search.racing import (
     ALPHA,
     EXTRA,
-    INSIDE,
     MATTERS,
+    MAX_INSIDE,
     MIN_CURVES,
     Race,
     TrialScores,
@@ -314,21 +314,15 @@ def test_verdicts_are_json() -> None:
 FIVE = folds_of([100] * 5)
 
 
-def test_the_others_come_by_their_chance_to_win() -> None:
+def test_the_leader_comes_first_and_the_others_by_their_chance_to_win() -> None:
     trials = [constant(0, 0.80), constant(1, 0.86, 0.86), constant(2, 0.83), constant(3, 0.81), constant(4, 0.82)]
-    assert Race(alpha=0.0).order(trials, FIVE) == [2, 1, 4, 3, 0]
-    assert Race(alpha=0.0).order(trials[::-1], FIVE) == [2, 1, 4, 3, 0]
+    assert Race(alpha=0.0).order(trials, FIVE) == [1, 2, 4, 3, 0]
+    assert Race(alpha=0.0).order(trials[::-1], FIVE) == [1, 2, 4, 3, 0]
 
 
-def test_the_first_rival_comes_before_a_leader_that_has_finished_as_many_folds() -> None:
-    close = constant(1, 0.820), constant(2, 0.818), constant(3, 0.810)
-    assert Race().order(close, FIVE) == [2, 1, 3]
-    # It has finished more folds than the leader.
-    ahead = constant(1, 0.820), constant(2, 0.818, 0.818), constant(3, 0.810)
-    assert Race().order(ahead, FIVE) == [1, 2, 3]
-    # The leader has finished more.
-    behind = constant(1, 0.820, 0.820), constant(2, 0.818), constant(3, 0.810)
-    assert Race().order(behind, FIVE) == [2, 1, 3]
+def test_a_complete_leader_gets_no_folds_and_its_rivals_do() -> None:
+    trials = [constant(0, *[0.86] * 5), constant(1, 0.85), constant(2, 0.84)]
+    assert Race(alpha=0.0).order(trials, FIVE) == [1, 2]
 
 
 def test_a_trial_that_would_be_pruned_gets_no_folds_unless_it_is_trial_0() -> None:
@@ -337,14 +331,14 @@ def test_a_trial_that_would_be_pruned_gets_no_folds_unless_it_is_trial_0() -> No
     assert p is not None
     assert 0 < p < ALPHA
     assert Race().order(trials, FIVE) == [1]
-    assert Race(alpha=p / 2).order(trials, FIVE) == [2, 1, 3]
-    assert Race().order((constant(0, 0.80), *trials), FIVE) == [0, 1]
+    assert Race(alpha=p / 2).order(trials, FIVE) == [1, 2, 3]
+    assert Race().order((constant(0, 0.80), *trials), FIVE) == [1, 0]
 
 
 def test_complete_and_pruned_trials_get_no_folds_and_a_pruned_one_is_no_leader() -> None:
     complete, pruned = constant(0, *[0.80] * 5), replace(constant(1, 0.90), is_pruned=True)
     waiting = constant(2, 0.80), constant(3, 0.81)
-    assert Race().order([complete, pruned, *waiting], FIVE) == [2, 3]
+    assert Race().order([complete, pruned, *waiting], FIVE) == [3, 2]
     best = constant(0, *[0.815] * 5)
     assert Race().order([best, pruned, *waiting], FIVE) == [3, 2]
     assert Race().order([pruned], FIVE) == []
@@ -536,10 +530,13 @@ def test_a_flat_start_is_forgiven_until_it_is_too_late(rng: np.random.Generator)
 def test_a_first_fold_may_gain_as_much_as_the_others_did_and_a_little_more() -> None:
     """By hand, at a constant learning rate, after 2 of 4 epochs."""
     others = first_folds((0.3, 0.6, 0.9, 0.8), (0.2, 0.5, 0.7, 0.8), (0.1, 0.1, 0.1, 0.1), (0.4, 0.2, 0.6, 0.7))
-    gains = [0.2 / 0.4, 0.3 / 0.5, 0.0, 0.3 / 0.6]
+    # The best scores so far are 0.6, 0.5, 0.1 and 0.4, and the latest are 0.6, 0.5, 0.1 and 0.2.
+    gains, from_latest = [0.2 / 0.4, 0.3 / 0.5, 0.0, 0.3 / 0.6], [0.2 / 0.4, 0.3 / 0.5, 0.0, 0.5 / 0.8]
+    largest, largest_from_latest = (max(each) + EXTRA * np.std(each, ddof=1) for each in (gains, from_latest))
     for now in ((0.2, 0.3), (0.3, 0.1)):
         best, typical = _ends(begun(*now), 0, others, 0.8)
-        assert best == pytest.approx(0.3 + 0.7 * (0.6 + EXTRA * np.std(gains, ddof=1)), abs=1e-6)
+        latest = now[-1] + (1 - now[-1]) * largest_from_latest
+        assert best == pytest.approx(max(0.3 + 0.7 * largest, latest), abs=1e-6)
         assert typical == pytest.approx(0.3 + 0.7 * 0.5, abs=1e-6)
 
 
@@ -597,7 +594,7 @@ def test_a_hopeless_trial_ends_inside_its_first_fold_with_a_modest_estimate(rng:
     assert found.drop
     assert (found.fold, found.epoch) == (0, 4)
     assert found.p is not None
-    assert found.p < INSIDE
+    assert found.p < ALPHA
     assert "in fold 1 at epoch 4, best case" in found.reason
     # The estimate is how such a trial typically ends, not the best that it could have done.
     assert found.estimate == pytest.approx(hopeless.value, abs=0.03)
@@ -605,14 +602,19 @@ def test_a_hopeless_trial_ends_inside_its_first_fold_with_a_modest_estimate(rng:
     assert found.estimate < trial(0, base).value - found.d
 
 
-def test_inside_the_first_fold_the_limit_is_lower(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = first_folds(*[(end,) * 4 for end in (0.70, 0.69, 0.71, 0.68)])
-    folds, candidate = folds_of([4] * 3), begun(0.6, 0.6)
+@pytest.mark.parametrize("n_others", [3, 4, 18])
+def test_the_limit_for_a_best_case_grows_with_the_number_of_trials(n_others: int) -> None:
+    """It is alpha (n + 1), because a best case that n trials have not exceeded has a probability of 1 / (n + 1)."""
+    others = first_folds(*[(0.3, 0.4, 0.6, 0.69 + 0.02 * n / n_others) for n in range(n_others)])
+    folds, candidate = folds_of([4] * 3), begun(0.3, 0.3)
     p = judge(candidate, others, folds).p
     assert p is not None
+    assert 0 < p < MAX_INSIDE
     for factor, drop in ((1.01, True), (0.99, False)):
-        monkeypatch.setattr("hpsearch.search.racing.INSIDE", p * factor)
-        assert judge(candidate, others, folds).drop == drop
+        found = Race(alpha=p * factor / (n_others + 1)).should_prune(candidate, others, folds)
+        assert found is not None
+        assert found.drop == drop
+    # At the end of the fold, alpha is the limit.
     ended = constant(9, 0.6, n_images=4)
     p = judge(ended, others, folds).p
     assert p is not None
@@ -620,6 +622,18 @@ def test_inside_the_first_fold_the_limit_is_lower(monkeypatch: pytest.MonkeyPatc
         verdict = Race(alpha=p * factor).should_prune(ended, others, folds)
         assert verdict is not None
         assert verdict.drop == drop
+
+
+def test_a_probable_best_case_is_not_pruned_however_many_trials_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = first_folds(*[(0.69,) * 4] * 4)
+    folds, candidate = folds_of([4] * 3), begun(0.65, 0.65)
+    p = judge(candidate, others, folds).p
+    assert p is not None
+    for factor, drop in ((1.01, True), (0.99, False)):
+        monkeypatch.setattr("hpsearch.search.racing.MAX_INSIDE", p * factor)
+        found = Race(alpha=0.5).should_prune(candidate, others, folds)
+        assert found is not None
+        assert found.drop == drop
 
 
 def test_a_jump_down_is_forgiven_after_a_good_epoch(rng: np.random.Generator) -> None:

@@ -249,7 +249,8 @@ def test_in_a_race_every_trial_gets_one_fold_and_few_get_more_before_the_last_is
     assert firsts == list(range(n_trials))
     early = found[: found.index((n_trials - 1, 0))]
     n_finished = sum(bool(study.record.finished_folds(trial)) for trial in range(n_trials - 1))
-    assert sum(fold > 0 for _, fold in early) == n_finished // REFINE_EVERY > 0
+    # Trial 0 is completed in any case.
+    assert sum(fold > 0 for trial, fold in early if trial > 0) == n_finished // REFINE_EVERY > 0
     assert len(found) < 2 * n_trials
     assert any(trial.outcome == "complete" for trial in study.record.trials())
 
