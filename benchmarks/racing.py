@@ -1,9 +1,11 @@
 """Measure how much training time racing saves and what it costs: replay whole studies with every pruning rule.
 
-    python benchmarks/racing.py                            simulated studies, and the recorded study next to the
-                                                           folder HPSEARCH_ISIC_ROOT; about 15 minutes
+    python benchmarks/racing.py                            the recorded study of this folder, the one next to the
+                                                           folder HPSEARCH_ISIC_ROOT, and simulated studies; about
+                                                           20 minutes
     python benchmarks/racing.py --quick                    the same with a tenth of the replays
     python benchmarks/racing.py --study OUT/studies/NAME   also a study recorded by `hpsearch study --pruner none`
+    python benchmarks/racing.py --study ... --save FILE    only save its scores and params as a recorded study
 
 A study without pruning has the scores of every trial after every epoch. Every rule can therefore be replayed on it,
 with the trials in any order. The rule sees only the scores that it would have seen, and the epochs that it prunes do
@@ -31,6 +33,7 @@ The columns:
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -273,10 +276,22 @@ def count_wrong(name: str, studies: Iterable[Study]) -> Tally:
     return tally
 
 
+def save(folder: Path, path: Path) -> None:
+    """Save the scores of a study's complete trials, rounded to 4 digits, and their params as JSON."""
+    study = from_folder(folder)
+    params = [trial.params for trial in StudyRecord.open(StudyPaths(folder.resolve())).trials()]
+    by_fold = [np.stack([trial.scores[fold] for trial in study.trials]) for fold in range(study.folds.k)]
+    scores = np.concatenate(by_fold, axis=2).round(4).astype(np.float32)
+    np.savez_compressed(path, dice=scores, fold_sizes=[each.shape[2] for each in by_fold], params=json.dumps(params))
+
+
 def recorded(path: Path) -> Study:
-    """A study from an archive whose `dice` is (trial, fold, epoch, image of the fold)."""
-    scores = np.load(path)["dice"]
-    return _study(path.name, scores)
+    """A study from an archive whose `dice` is (trial, epoch, image of all folds) or (trial, fold, epoch, image)."""
+    archive = np.load(path)
+    scores = archive["dice"]
+    if "fold_sizes" in archive:
+        return _study(path.name, np.split(scores, np.cumsum(archive["fold_sizes"])[:-1], axis=2))
+    return _study(path.name, scores.swapaxes(0, 1))
 
 
 def _same(study: Study, number: int) -> Study:
@@ -313,7 +328,7 @@ def generated(
     shape = (n_trials, n_folds, 1, n_images // n_folds)
     images = 0.13 * rng.standard_normal((1, *shape[1:])) + 0.07 * rng.standard_normal(shape)
     scores = (curves[..., None] + images).astype(np.float32)
-    return _study(f"spread {spread:g}, noise {noise:g}", scores, truth)
+    return _study(f"spread {spread:g}, noise {noise:g}", scores.swapaxes(0, 1), truth)
 
 
 def _one(series: int, number: int, **model: Any) -> Study:
@@ -339,17 +354,21 @@ def learning_curves(
     return np.asarray(ends[:, None, None] * np.expm1(-speed * x) / np.expm1(-speed) + jumps)
 
 
-def _study(name: str, scores: NDArray[np.float32], truth: NDArray[np.float64] | None = None) -> Study:
-    n_trials, n_folds, n_epochs, n_images = scores.shape
+def _study(
+    name: str, scores: Sequence[NDArray[np.float32]] | NDArray[np.float32], truth: NDArray[np.float64] | None = None
+) -> Study:
+    """A study from the scores of each fold, (trial, epoch, image of the fold)."""
+    sizes = [each.shape[2] for each in scores]
     folds = Folds(
-        ids=tuple(str(image) for image in range(n_folds * n_images)),
-        fold_of=tuple(fold for fold in range(n_folds) for _ in range(n_images)),
-        k=n_folds,
+        ids=tuple(str(image) for image in range(sum(sizes))),
+        fold_of=tuple(fold for fold, size in enumerate(sizes) for _ in range(size)),
+        k=len(sizes),
         seed=0,
         method="kfold",
     )
+    n_trials, n_epochs, _ = scores[0].shape
     trials = tuple(
-        TrialScores(number, {fold: scores[number, fold] for fold in range(n_folds)}, n_epochs)
+        TrialScores(number, {fold: each[number] for fold, each in enumerate(scores)}, n_epochs)
         for number in range(n_trials)
     )
     return Study(name, trials, folds, truth)
@@ -358,6 +377,7 @@ def _study(name: str, scores: NDArray[np.float32], truth: NDArray[np.float64] | 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recorded", type=Path, help="archive with the scores of a study: trial, fold, epoch, image")
+    parser.add_argument("--save", type=Path, help="save the scores of the study --study to this archive, and exit")
     parser.add_argument("--study", type=Path, action="append", default=[], help="folder of a study without pruning")
     parser.add_argument("--orders", type=int, default=200, help="replays of a recorded study")
     parser.add_argument("--generated", type=int, default=30, help="generated studies of each kind, for every rule")
@@ -370,12 +390,13 @@ def main() -> None:
     )
     n_seeds = max(len(MODELS), n_seeds)
     began = time.monotonic()
-    path = options.recorded
-    if path is None and (root := os.environ.get("HPSEARCH_ISIC_ROOT")):
-        path = Path(root).parent / "recorded-study.npz"
-    if path is None:
-        print("no recorded study: give --recorded or --study, or set HPSEARCH_ISIC_ROOT to the folder beside it")
-    for study in [*([recorded(path)] if path else []), *map(from_folder, options.study)]:
+    if options.save:
+        save(options.study[0], options.save)
+        return
+    paths = [options.recorded] if options.recorded else [Path(__file__).with_name("recorded_study.npz")]
+    if not options.recorded and (root := os.environ.get("HPSEARCH_ISIC_ROOT")):
+        paths.append(Path(root).parent / "recorded-study.npz")
+    for study in [*map(recorded, paths), *map(from_folder, options.study)]:
         print(f"\n{study.name}: {len(study.trials)} trials, {n_orders} orders")
         compare_rules(partial(_same, study), n_orders)
     for spread, noise in MODELS:

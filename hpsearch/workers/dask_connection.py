@@ -150,8 +150,9 @@ class DaskConnection:
             threading.Thread(target=self._examine, args=[joined], name="examine", daemon=True).start()
 
     def _examine(self, addresses: Sequence[str]) -> None:
-        # If the connection is lost, `follow` forgets these Dask workers.
-        with contextlib.suppress(OSError, CancelledError):
+        # If the connection is lost, `follow` forgets these Dask workers. A client that is closed meanwhile has no
+        # scheduler, and Dask raises AttributeError.
+        with contextlib.suppress(OSError, CancelledError, AttributeError):
             self._found.put(examine(self.client, addresses, self._probe, self._device))
 
     def _take_found(self) -> None:
