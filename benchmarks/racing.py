@@ -1,6 +1,6 @@
 """Measure how much training time racing saves and what it costs: replay whole studies with every pruning rule.
 
-    python benchmarks/racing.py                            the recorded study of this folder, the one next to the
+    python benchmarks/racing.py                            recorded_study.npz, recorded-study.npz beside the
                                                            folder HPSEARCH_ISIC_ROOT, and simulated studies; about
                                                            20 minutes
     python benchmarks/racing.py --quick                    the same with a tenth of the replays
@@ -286,7 +286,7 @@ def save(folder: Path, path: Path) -> None:
 
 
 def recorded(path: Path) -> Study:
-    """A study from an archive whose `dice` is (trial, epoch, image of all folds) or (trial, fold, epoch, image)."""
+    """Return the study of an archive. Its `dice` is (trial, epoch, image) by fold, or (trial, fold, epoch, image)."""
     archive = np.load(path)
     scores = archive["dice"]
     if "fold_sizes" in archive:
@@ -357,7 +357,7 @@ def learning_curves(
 def _study(
     name: str, scores: Sequence[NDArray[np.float32]] | NDArray[np.float32], truth: NDArray[np.float64] | None = None
 ) -> Study:
-    """A study from the scores of each fold, (trial, epoch, image of the fold)."""
+    """Return a study with these scores of each fold, (trial, epoch, image of the fold)."""
     sizes = [each.shape[2] for each in scores]
     folds = Folds(
         ids=tuple(str(image) for image in range(sum(sizes))),
@@ -376,7 +376,9 @@ def _study(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recorded", type=Path, help="archive with the scores of a study: trial, fold, epoch, image")
+    parser.add_argument(
+        "--recorded", type=Path, help="archive that --save has written, instead of the recorded studies"
+    )
     parser.add_argument("--save", type=Path, help="save the scores of the study --study to this archive, and exit")
     parser.add_argument("--study", type=Path, action="append", default=[], help="folder of a study without pruning")
     parser.add_argument("--orders", type=int, default=200, help="replays of a recorded study")
@@ -390,6 +392,8 @@ def main() -> None:
     )
     n_seeds = max(len(MODELS), n_seeds)
     began = time.monotonic()
+    if options.save and not options.study:
+        parser.error("--save needs the folder of a study: --study OUT/studies/NAME")
     if options.save:
         save(options.study[0], options.save)
         return

@@ -82,7 +82,7 @@ class ViewThread(threading.Thread):
         n_behind = self._view.n_behind()
         if n_behind and self.is_alive():
             self.error = self.error or f"{self._view.name} does not answer"
-        # After an error, the view may also lack something that `n_behind` does not count.
+        # After an error, updates may be missing that `n_behind` does not count.
         self.n_left = max(n_behind, 1) if self.error else n_behind
         return self.n_left
 

@@ -54,7 +54,7 @@ def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> 
         if found.is_running:
             echo_table(("worker", "runs", found.config.study.metric, "speed"), _worker_rows(found))
         else:
-            # Only the fits of which a checkpoint was saved.
+            # Show only fits with a checkpoint.
             stopped = (_fit_cells(found, fit) for fit in found.open_fits if fit.row)
             echo_table(("stopped in", found.config.study.metric), stopped)
         if study_name:
@@ -135,7 +135,7 @@ def _trial_rows(status: StudyStatus) -> Iterator[Sequence[str]]:
 
 
 def _show_decisions(record: StudyRecord, number: int) -> None:
-    from hpsearch.search.racing import MATTERS
+    from hpsearch.search.racing import ALPHA, MATTERS, MAX_INSIDE
 
     trial = record.known_trial(number)
     score = record.standing().values.get(number, trial.value)
@@ -146,7 +146,9 @@ def _show_decisions(record: StudyRecord, number: int) -> None:
         click.echo(f"  {_explain(decision, trial.study_config.train.epochs)}")
     if any("±" in decision.reason for decision in trial.decisions):
         rule = f"To win, a trial must exceed the expected score of the leading trial by {MATTERS:g}."
+        limits = f"A trial is pruned below {ALPHA:.0%}, and in a best case below {ALPHA:.0%} (n + 1)"
         click.echo(f"  {rule}{' Trial 0 is never pruned.' if number == 0 else ''}")
+        click.echo(f"  {limits}, at most {MAX_INSIDE:.0%}, if n other trials have finished a fold.")
     if not trial.decisions and trial.outcome != "infeasible":
         click.echo("  no pruning decisions: the pruner is off, or had no trial to compare with")
 
@@ -158,9 +160,9 @@ def _explain(decision: PruneDecision, n_epochs: int) -> str:
         # Another pruner, or the user, decided.
         return f"{place}: {outcome}: {decision.reason.rpartition(': ')[2]}"
     side = f"{abs(decision.d):.4f} {'below' if decision.d >= 0 else 'above'} that of trial {decision.against}"
-    best, se = "at best " if decision.epoch < n_epochs else "", f"± {decision.se or 0:.4f}"
-    p = "less than 0.1%" if decision.p < 0.001 else f"{decision.p:.1%}"
-    return f"{place}: {outcome}. Its expected score is {best}{side} ({se}). It wins with a probability of {p}."
+    best, wins = ("at best ", "In this best case, it") if decision.epoch < n_epochs else ("", "It")
+    p, se = "less than 0.1%" if decision.p < 0.001 else f"{decision.p:.1%}", f"± {decision.se or 0:.4f}"
+    return f"{place}: {outcome}. Its expected score is {best}{side} ({se}). {wins} wins with a probability of {p}."
 
 
 @click.command("stop")

@@ -147,7 +147,7 @@ class MemoryGate:
 def decode_job(job: Job, gate: MemoryGate) -> tuple[ImageStats, list[Pixels]]:
     """Run `job` and return its stats and the pixels of its views. Raise DecodeError if the pair is unusable.
 
-    Decoding starts when `gate` admits the memory that it needs.
+    Waits until `gate` grants the memory that decoding needs.
     """
     files, size = open_pair(job.image, job.mask, job.reading)
     stats: dict[str, Any] = {}

@@ -121,8 +121,8 @@ class Decoders(AbstractContextManager["Decoders"]):
     ) -> Iterator[tuple[ImageStats | DecodeError, list[Pixels]]]:
         """Yield the result of each job and the pixels of its views, in the order of the jobs.
 
-        `progress` is called when the caller has processed a result. A later call ends an unfinished one. Raises
-        CacheError, naming the files that were being read, if the subprocess dies.
+        `progress` is called when the caller has processed a result. Calling `decode` again ends an unfinished
+        iteration. Raises CacheError, naming the files that were being read, if the subprocess dies.
         """
         if self._has_unread:
             # Unread results of the last call would be mistaken for results of these jobs.

@@ -152,7 +152,7 @@ def _batches(caches: Sequence[Cache]) -> Iterator[NDArray[np.uint8]]:
 
 
 def _describe(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return fingerprints (B, 16, 16) and fine structure (B, 64, 64) of `images` (B, H, W, 3)."""
+    """Return fingerprints (B, 16, 16) and normalised thumbnails (B, 64, 64) of `images` (B, H, W, 3)."""
     gray = _thumbnails(images)
     step = _SIDE // _FINGERPRINT_SIDE
     fingerprints = gray.reshape(-1, _FINGERPRINT_SIDE, step, _FINGERPRINT_SIDE, step).mean(axis=(2, 4))

@@ -72,7 +72,7 @@ def find_lesion(samples: NDArray[Any], header: Header, reading: Reading) -> tupl
     if first.flat[at]:
         if one.text in reading.lesion and one.text in reading.background:
             raise _disagreement(f"has only the value {one.text}", one.text, "lesion as well as background")
-        # Without two-valued masks that have this value, 0, black and fully transparent mean background.
+        # If no two-valued mask has this value, then 0, black and fully transparent mean background.
         is_nonzero = one.alpha != 0 and any(one.samples)
         is_full = one.text in reading.lesion or (one.text not in reading.background and is_nonzero)
         return first if is_full else ~first, (one.text,)

@@ -91,7 +91,7 @@ def _noise(rng: np.random.Generator, size: Size, cells: int) -> Field:
         share = position % 1
         return position.astype(np.intp), share * share * (3 - 2 * share)
 
-    # Interpolate elementwise, because multithreading slows down so small a matrix product.
+    # Interpolate elementwise, because multithreading slows down such a small matrix product.
     grid = rng.uniform(-1, 1, (cells + 1, cells + 1)).astype(np.float32)
     (row, down), (column, right) = between(size[0]), between(size[1])
     rows = grid[row] + down[:, None] * (grid[row + 1] - grid[row])

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def stored_result(
     folder: FinalPaths, pool: Index, test: Index, *, n_seeds: int, ensemble: bool
 ) -> FinalRecord | None:
-    """Return the result in `folder` if it is complete, and of the same images, number of seeds and `ensemble`."""
+    """Return the result in `folder` if it is complete and has the same images, number of seeds and `ensemble`."""
     files = (folder.result, folder.model, folder.table, *(folder.masks / mask_name(image) for image in test.ids))
     if not all(path.is_file() for path in files):
         return None

@@ -15,10 +15,10 @@ from hpsearch.models.shapes import norm_groups, skip_offset
 LANES = 64
 """Number of channels that fills the vector registers of any CPU in torch's channels_last kernels."""
 NARROW_BYTES = 16
-"""Largest size of a pixel of a feature map, in bytes over all channels, at which `BatchNorm` is faster than
-torch's."""
+"""Largest size of a pixel of a feature map, in bytes over all channels, at which the `BatchNorm` of this module is
+faster than torch's."""
 NARROW_NUMBERS = 2**16
-"""Smallest number of elements of a feature map at which `BatchNorm` is faster than torch's."""
+"""Smallest number of elements of a feature map at which the `BatchNorm` of this module is faster than torch's."""
 
 
 class UNet(nn.Module):

@@ -14,7 +14,7 @@ from hpsearch.paths import command_line
 from hpsearch.report import formats
 from hpsearch.report.formats import SCORES, count, number
 from hpsearch.report.rows import StudyRows
-from hpsearch.search.racing import ALPHA, MATTERS
+from hpsearch.search.racing import ALPHA, MATTERS, MAX_INSIDE
 from hpsearch.stats.run_variance import S_GUESS
 from hpsearch.store.test_set_log import describe_evaluation_count
 from hpsearch.training.rows import EpochRow
@@ -49,7 +49,8 @@ _TEMPLATES = Environment(
     keep_trailing_newline=True,
     undefined=StrictUndefined,
 )
-_TEMPLATES.globals |= {"version": __version__, "s_guess": S_GUESS, "alpha": ALPHA, "matters": MATTERS}
+_TEMPLATES.globals |= {"version": __version__, "s_guess": S_GUESS}
+_TEMPLATES.globals |= {"alpha": ALPHA, "matters": MATTERS, "max_inside": MAX_INSIDE}
 _TEMPLATES.globals |= {f.__name__: f for f in (command_line, describe_evaluation_count, paragraphs)}
 _TEMPLATES.globals["formats"] = formats
 

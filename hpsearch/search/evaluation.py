@@ -153,7 +153,7 @@ class StudyPruner:
         """Return the pruner's decision after an epoch of this fold; None if the pruner makes no decision.
 
         With a lookahead, the latest trials are ignored, because which of them have ended depends on the number of
-        workers. For the same reason, no decision is made in folds that are fitted as needed.
+        workers. For the same reason, no decision is made after the first fold if folds are fitted as needed.
         """
         candidate = self.scores_of(trial)
         # Ignore other folds that are being fitted: their progress depends on timing.

@@ -25,15 +25,16 @@ three other trials have finished a first fold. It is the highest of three predic
   closed some fraction of the gap between its own best score and a perfect score. The candidate closes the largest of
   these fractions, plus a quarter of their standard deviation.
 - *Fast gain from the latest score.* The same with the latest mean scores instead of the best so far. Scores fluctuate
-  while the learning rate is high, and a trial whose best score was lucky gains little from it.
+  while the learning rate is high. The gains of other trials from their best score are small if that score was high by
+  chance, and would then underestimate what the candidate can gain.
 - *Late start.* Some curves are flat at first and then jump. Let r be the learning rate, summed over the epochs, that
   the candidate has not used yet. The prediction is the highest score, relative to its final score, that a trial had
   reached when it had used r, times the expected score of the leader on this fold. Only trials whose final score is at
   most 0.05 below that of the leader count. The candidate's own scores do not matter.
 
-p is then computed as if the fold had ended at this score. If the candidate and the n other trials gain alike, the
-probability that the candidate gains more than all others is 1 / (n + 1). The candidate is pruned if p / (n + 1) is
-below 0.01, but only if p is below 0.2.
+p is then computed as if the fold had ended at this score. If the gains of the candidate and of the n other trials
+have the same distribution, the candidate gains more than all others with a probability of 1 / (n + 1). The candidate
+is pruned if p / (n + 1) is below 0.01, but only if p is below 0.2.
 """
 
 import dataclasses
@@ -65,7 +66,7 @@ UNLIKELY = 0.2
 MIN_LATEST = 10
 """Minimum number of the latest trials that predict what further trials are like."""
 EXTRA = 0.25
-"""Standard deviations that are added to the largest gain of the other trials."""
+"""Number of standard deviations that the best case adds to the largest gain of the other trials."""
 
 Scores = NDArray[np.float64]
 FoldOrder = Literal["all", "in order", "as needed"]
@@ -143,15 +144,17 @@ class Race:
         if found is None:
             return None
         assert found.p is not None
+        assert found.d is not None
         where = f"{candidate.place}, best case" if is_inside else candidate.place
-        reason = f"{where}: {found.d:.4f} ± {found.se:.4f} below trial {found.against}, p = {found.p:.2g}"
+        side = "below" if found.d >= 0 else "above"
+        reason = f"{where}: {abs(found.d):.4f} ± {found.se:.4f} {side} trial {found.against}, p = {found.p:.2g}"
         n_others = sum(bool(each.finished) for each in others)
         limit = min(MAX_INSIDE, self.alpha * (n_others + 1)) if is_inside else self.alpha
         drop = candidate.number > 0 and found.p < limit
         return dataclasses.replace(found, drop=drop, reason=reason)
 
     def order(self, trials: Sequence[TrialScores], folds: Folds) -> list[int]:
-        """Return the numbers of the open trials that can still win: the leader, then the others by their p."""
+        """Return the numbers of the open trials that can still win, and of trial 0: the leader, then by p."""
         compared = _with_finished(trials)
         if all(trial.is_pruned for trial in compared):
             return []
@@ -313,13 +316,14 @@ class Gains(NamedTuple):
     """Gains of finished first folds after some epoch, as fractions of the gap between a score and a perfect score."""
 
     largest: float
-    """Largest gain to expect, from the best score up to that epoch."""
+    """Gain from the best score up to that epoch in the best case."""
     largest_from_latest: float
-    """Largest gain to expect, from the score of that epoch."""
+    """Gain from the score of that epoch in the best case."""
     median: float
     """Median gain from the best score up to that epoch."""
     rise: float
-    """Highest score, relative to the final score, that a near trial reaches in the epochs that are left."""
+    """Highest score, relative to its final score, that a near trial had reached when it had used as much learning
+    rate as is left."""
 
 
 @lru_cache(maxsize=64)

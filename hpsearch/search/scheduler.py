@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hpsearch.search.racing import FoldOrder
 
 REFINE_EVERY = 10
-"""Number of trials after which a further fold of the most promising trial is fitted."""
+"""Number of trials after which a further fold is fitted, which is that of the leader if it is open."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class StudyState:
     n_screened: int = 0
     """Number of trials that have finished a fold."""
     n_further: int = 0
-    """Number of fits, finished or running, beyond the first of each trial except trial 0."""
+    """Number of fits, finished or running, beyond the first of each trial, excluding trial 0."""
 
 
 @dataclass(frozen=True)

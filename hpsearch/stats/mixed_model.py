@@ -44,8 +44,8 @@ class Fits(NamedTuple):
     share: Floats
     """Posterior probability of each tau, (grid,)."""
     conditional: Floats
-    """Variance of each trial's mu for given f, which is 1 / (1 / tau^2 + sum of precisions), (grid, trials); 0 for
-    excluded trials."""
+    """Variance of each trial's mu given f, (grid, trials): 1 / (1 / tau^2 + sum of precisions), 0 for excluded
+    trials."""
     information: Floats
     """Inverse covariance of f, (grid, folds, folds)."""
     level: Floats

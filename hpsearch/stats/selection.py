@@ -25,7 +25,7 @@ from hpsearch.stats.study_scores import StudyScores
 Method = Literal["single", "first", "confirmed"]
 
 N_DRAWS = 2000
-"""Number of random noise samples used to compute how far below the best a trial may score and still tie with it."""
+"""Number of Monte Carlo samples for the largest difference from the best trial that still counts as a tie."""
 HOPELESS = 4.0
 """A trial that lies more than this number of standard errors below the best mean cannot tie with it (one-sided p
 below 0.0001)."""

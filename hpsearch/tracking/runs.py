@@ -261,8 +261,8 @@ def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
     ends = {trial.number: trial.ended_at or 0.0 for trial in record.contenders(record.trials())}
     if standing.confirmed:
         ended = [second.ended_at or 0.0 for second in record.replicate_records() if second.trial in shortlist.trials]
-        # The time must be later than the end of a trial that invalidated earlier refits, because MLflow shows the
-        # latest point of a step.
+        # MLflow shows the latest point of a step. This time is later than those of earlier points, which belong to
+        # refits that a new complete trial made invalid.
         return max([*ended, *ends.values()]) + 0.001
     return min((end for number, end in ends.items() if number not in shortlist.of), default=None)
 

@@ -83,8 +83,8 @@ class FitTask:
             "seed": self.seed,
         }
         if uses_batch_statistics(config.unet):
-            # Version 0.1 could split the batches of these networks, which changed the result. The checkpoints of such
-            # fits were hashed with another value and are refused.
+            # Version 0.1 could split the batches of these networks, which changed the result. This key changes
+            # the hash, so the checkpoints of such fits are refused.
             table["micro_batch"] = None
         if self.margin:
             table["stretch"] = False

@@ -106,7 +106,7 @@ class DaskConnection:
     def close(self) -> None:
         """Close the connection."""
         if self.client is not None:
-            # A scheduler that does not answer need not know.
+            # A scheduler that does not answer cannot be told.
             with contextlib.suppress(OSError):
                 self.client.close()
         self._loop.stop()

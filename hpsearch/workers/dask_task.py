@@ -65,7 +65,7 @@ def run_worker(name: str, settings: dict[str, Any]) -> None:
         ):
 
             def on_command(event: tuple[float, str]) -> None:
-                # Runs in Dask's thread, so that the process need not wait until `pool.events` returns.
+                # Runs in Dask's thread, so commands are handled even while `pool.events` waits.
                 command = json.loads(event[1])
                 if "go" in command:
                     for worker in pool.busy():

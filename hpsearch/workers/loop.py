@@ -26,7 +26,7 @@ class Work(Protocol):
 
     @property
     def is_over(self) -> bool:
-        """Whether there will be no more jobs."""
+        """Whether all jobs have been given out."""
 
     def poll(self) -> bool:
         """Check for stop requests and limits, once per iteration. Return False to leave the loop at once."""

@@ -88,7 +88,10 @@ class Infeasible:
 
 
 def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | None:
-    """Return why `config` cannot be trained under `plan`, or None if it can. On a cluster, one worker must fit."""
+    """Return why `config` cannot be trained under `plan`, or None if it can.
+
+    On a cluster, the memory of one worker must be sufficient.
+    """
     if reason := why_impossible(*_shape(config), batch_size=config.train.batch_size):
         return Infeasible(reason, 1.0)
     capacities: Iterable[Any] = dict.fromkeys(worker.capacity for worker in plan.cluster) or (plan,)

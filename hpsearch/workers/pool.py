@@ -149,7 +149,7 @@ class WorkerPool(ABC):
                 worker.last_report_at += pause_s
 
     def _note(self, worker: Worker, report: Report) -> Event:
-        """Update a worker after its report, and return the event."""
+        """Update the state of a worker from its report, and return the report as an event."""
         job = worker.job
         worker.last_report_at = time.monotonic()
         # A worker whose process has died is ready again when another process has started.

@@ -44,11 +44,13 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
     assert lines[0].startswith("trial 1 of study fake: pruned, dice 0.6100")
     assert lines[1].strip() == raced.reason
     assert lines[2:] == [
-        "  fold 1, epoch 1: continues. Its expected score is at best 0.0120 above that of trial 0 (± 0.0200). It "
-        "wins with a probability of 29.0%.",
+        "  fold 1, epoch 1: continues. Its expected score is at best 0.0120 above that of trial 0 (± 0.0200). In "
+        "this best case, it wins with a probability of 29.0%.",
         "  fold 1, epoch 3: pruned. Its expected score is 0.1100 below that of trial 0 (± 0.0300). It wins with a "
         "probability of less than 0.1%.",
         "  To win, a trial must exceed the expected score of the leading trial by 0.003.",
+        "  A trial is pruned below 1%, and in a best case below 1% (n + 1), at most 20%, if n other trials have "
+        "finished a fold.",
     ]
     assert "no pruning decisions" in output_of("status", "--out", str(tmp_path), "--trial", "0")
     others = dataclasses.replace(kept, reason="in fold 1 at epoch 1: kept by Optuna's MedianPruner")

@@ -636,6 +636,14 @@ def test_a_probable_best_case_is_not_pruned_however_many_trials_there_are(monkey
         assert found.drop == drop
 
 
+def test_the_reason_says_on_which_side_of_the_leader_the_score_is() -> None:
+    for score, side in ((0.70, "below"), (0.90, "above")):
+        found = judge(constant(2, score), [constant(1, 0.80)], FIVE)
+        assert found.d is not None
+        assert f": {abs(found.d):.4f} ± " in found.reason
+        assert f" {side} trial 1, p = " in found.reason
+
+
 def test_a_jump_down_is_forgiven_after_a_good_epoch(rng: np.random.Generator) -> None:
     base = images_of(rng, SIZES)
     others = [trial(n, images_of(rng, SIZES), np.array([0.8, 0.9, 0.95, 1.0])) for n in range(MIN_CURVES)]
