@@ -21,7 +21,7 @@ The columns:
     spent        share of the fold-epochs of the whole study
     regret       value of the best trial minus that of the selected one, both over all folds
     lost         share of replays that did not select the best trial
-    full         trials evaluated on all folds
+    complete     number of trials that are evaluated on all folds
     race         what racing spends on the same replays if its p is set so that its regret is not larger
     better       share of trials that are truly better than the selected one, by 0.003 or more
     wrong        share of all trials that are pruned although they are truly better, by 0.003 or more, than the trial
@@ -57,7 +57,7 @@ from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import PruneDecision
 
 BETTER = 0.003
-"""A trial is truly better than the incumbent if it is so by this much."""
+"""Smallest true difference at which a trial counts as better than another one."""
 MODELS = [(spread, noise) for spread in (0.03, 0.01, 0.005) for noise in (0.003, 0.006, 0.012)]
 ALPHAS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 LOOKAHEADS = (2, 4, 8)
@@ -82,7 +82,7 @@ class Study:
 
     name: str
     trials: tuple[TrialScores, ...]
-    """All of them full."""
+    """All of them are complete."""
     folds: Folds
     truth: NDArray[np.float64] | None = None
     """What each trial is truly worth, where the study was generated."""
@@ -95,9 +95,9 @@ class Tally:
     spent: list[float] = field(default_factory=list)
     regret: list[float] = field(default_factory=list)
     true_regret: list[float] = field(default_factory=list)
-    n_full: list[int] = field(default_factory=list)
-    n_judged: int = 0
-    """Trials that met an incumbent."""
+    n_complete: list[int] = field(default_factory=list)
+    n_compared: int = 0
+    """Number of trials that were compared with another one."""
     n_better: int = 0
     n_wrong: int = 0
     n_in_vain: int = 0
@@ -110,8 +110,8 @@ class Replay:
         self.study, self.order, self.pruner, self.lookahead = study, order, pruner, lookahead
         self.open: dict[int, TrialScores] = {}
         self.ended: dict[int, TrialScores] = {}
-        self.drops: dict[int, PruneDecision] = {}
-        self.judged: set[int] = set()
+        self.decisions: dict[int, PruneDecision] = {}
+        self.compared: set[int] = set()
         self.spent = 0
 
     def run(self) -> Self:
@@ -148,10 +148,10 @@ class Replay:
         others = [each for each in self._known() if each.number <= last and each.number != candidate.number]
         decision = self.pruner.should_prune(candidate, others, self.study.folds)
         if decision is not None:
-            self.judged.add(candidate.number)
+            self.compared.add(candidate.number)
         if decision is None or not decision.drop:
             return False
-        self.drops[candidate.number] = decision
+        self.decisions[candidate.number] = decision
         self.open.pop(candidate.number)
         self.ended[candidate.number] = replace(candidate, is_pruned=True)
         return True
@@ -184,18 +184,18 @@ def replay(study: Study, order: Sequence[int], pruner: Pruner, tally: Tally, loo
         [trial.value for trial in study.trials],
         Replay(study, order, pruner, lookahead).run(),
     )
-    full = [order[number] for number, trial in found.ended.items() if trial.is_full(k)]
-    chosen = max(full, key=lambda index: values[index])
-    tally.n_judged += len(found.judged)
-    for number, drop in found.drops.items():
-        if study.truth is not None and drop.against is not None:
-            index, other = order[number], order[drop.against]
+    complete = [order[number] for number, trial in found.ended.items() if trial.is_full(k)]
+    chosen = max(complete, key=lambda index: values[index])
+    tally.n_compared += len(found.compared)
+    for number, decision in found.decisions.items():
+        if study.truth is not None and decision.against is not None:
+            index, other = order[number], order[decision.against]
             wrong = bool(study.truth[index] >= study.truth[other] + BETTER)
             tally.n_wrong += wrong
             tally.n_in_vain += wrong and values[index] > values[other]
     tally.spent.append(found.spent / sum(k * trial.n_epochs for trial in study.trials))
     tally.regret.append(max(values) - values[chosen])
-    tally.n_full.append(len(full))
+    tally.n_complete.append(len(complete))
     if study.truth is not None:
         tally.true_regret.append(float(study.truth.max() - study.truth[chosen]))
         tally.n_better += int((study.truth >= study.truth[chosen] + BETTER).sum())
@@ -234,13 +234,13 @@ def compare_rules(make: Callable[[int], Study], n: int) -> None:
         return result
 
     frontier = {alpha: tally(partial(Race, alpha), 1) for alpha in ALPHAS}
-    print(f"{'rule':26s} replays   spent   regret    lost  full   race")
+    print(f"{'rule':26s} replays   spent   regret    lost  complete   race")
     for name, (fresh, share) in rules(studies[0].trials[0].n_epochs).items():
         found = tally(fresh, share)
         m = len(found.spent)
         regret = float(np.mean(found.regret))
         line = f"{name:26s} {m:7d} {np.mean(found.spent):7.1%}  {regret:.5f}"
-        line += f"  {np.mean(np.array(found.regret) > 0):6.1%}  {np.mean(found.n_full):4.1f}"
+        line += f"  {np.mean(np.array(found.regret) > 0):6.1%}  {np.mean(found.n_complete):8.1f}"
         as_good = [
             (float(np.mean(race.spent[:m])), alpha)
             for alpha, race in frontier.items()
@@ -251,15 +251,14 @@ def compare_rules(make: Callable[[int], Study], n: int) -> None:
         print(line, flush=True)
     for lookahead in LOOKAHEADS:
         found = tally(Race, 1, lookahead)
+        regret = np.array(found.regret)
         line = f"race, {lookahead} trials behind      {len(found.spent):7d} {np.mean(found.spent):7.1%}"
-        line += (
-            f"  {np.mean(found.regret):.5f}  {np.mean(np.array(found.regret) > 0):6.1%}  {np.mean(found.n_full):4.1f}"
-        )
+        line += f"  {regret.mean():.5f}  {np.mean(regret > 0):6.1%}  {np.mean(found.n_complete):8.1f}"
         print(line, flush=True)
 
 
 def count_wrong(name: str, studies: Iterable[Study]) -> Tally:
-    """Race these studies, each in the order of its numbers; print how often a better trial was dropped."""
+    """Race these studies, each in the order of its numbers; print how often a better trial was pruned."""
     tally, unpruned = Tally(), []
     for study in studies:
         replay(study, range(len(study.trials)), Race(), tally)
@@ -267,9 +266,9 @@ def count_wrong(name: str, studies: Iterable[Study]) -> Tally:
         chosen = max(study.trials, key=lambda trial: trial.value).number
         unpruned.append(study.truth.max() - study.truth[chosen])
     print(
-        f"{name:24s} {len(tally.spent):8d} {np.mean(tally.spent):6.1%} {tally.n_better / tally.n_judged:7.1%} "
-        f"{tally.n_wrong / tally.n_judged:7.2%} "
-        f"{tally.n_in_vain / tally.n_judged:8.2%}  {np.mean(tally.regret):.5f}  {np.mean(tally.true_regret):.5f}"
+        f"{name:24s} {len(tally.spent):8d} {np.mean(tally.spent):6.1%} {tally.n_better / tally.n_compared:7.1%} "
+        f"{tally.n_wrong / tally.n_compared:7.2%} "
+        f"{tally.n_in_vain / tally.n_compared:8.2%}  {np.mean(tally.regret):.5f}  {np.mean(tally.true_regret):.5f}"
         f" ({np.mean(unpruned):.5f})",
         flush=True,
     )
@@ -299,7 +298,7 @@ def _same(study: Study, number: int) -> Study:
 
 
 def from_folder(path: Path) -> Study:
-    """A study that `hpsearch study --pruner none` recorded: its full trials."""
+    """A study that `hpsearch study --pruner none` recorded: its complete trials."""
     record = StudyRecord.open(StudyPaths(path.resolve()))
     trials = []
     for trial in record.contenders(record.trials()):
@@ -383,7 +382,7 @@ def main() -> None:
     parser.add_argument("--study", type=Path, action="append", default=[], help="folder of a study without pruning")
     parser.add_argument("--orders", type=int, default=200, help="replays of a recorded study")
     parser.add_argument("--generated", type=int, default=30, help="generated studies of each kind, for every rule")
-    parser.add_argument("--seeds", type=int, default=1000, help="generated studies in all, for wrong drops")
+    parser.add_argument("--seeds", type=int, default=1000, help="generated studies in all, to count wrong decisions")
     parser.add_argument("--quick", action="store_true", help="a tenth of all replays")
     options = parser.parse_args()
     part = 0.1 if options.quick else 1
@@ -412,9 +411,9 @@ def main() -> None:
         numbers = range(place, n_seeds, len(MODELS))
         studies = map(partial(_one, 3, spread=spread, noise=noise), numbers)
         tallies.append(count_wrong(f"spread {spread:g}, noise {noise:g}", studies))
-    n_wrong, n_judged = sum(tally.n_wrong for tally in tallies), sum(tally.n_judged for tally in tallies)
+    n_wrong, n_compared = sum(tally.n_wrong for tally in tallies), sum(tally.n_compared for tally in tallies)
     regret = np.mean([value for tally in tallies for value in tally.regret])
-    print(f"over all {n_seeds}: wrong {n_wrong / n_judged:.2%} of {n_judged} trials, mean regret {regret:.5f}")
+    print(f"over all {n_seeds}: wrong {n_wrong / n_compared:.2%} of {n_compared} trials, mean regret {regret:.5f}")
     for name, shape in OTHER_SHAPES.items():
         make = partial(_one, 4, **{"spread": 0.01, "noise": 0.006, **shape})
         count_wrong(name, map(make, range(n_generated)))
