@@ -63,6 +63,7 @@ ALPHAS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 LOOKAHEADS = (2, 4, 8)
 """What `hpsearch study --deterministic` costs: 4 is what it takes."""
 OTHER_SHAPES: dict[str, dict[str, float]] = {
+    "8 trials": {"n_trials": 8},
     "2 folds": {"n_folds": 2},
     "3 folds": {"n_folds": 3},
     "10 folds": {"n_folds": 10},
